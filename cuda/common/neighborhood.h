@@ -1,0 +1,89 @@
+// The window formulas of neighborhood attention, shared by every CPU and CUDA kernel.
+//
+// This header and jax_natten/neighborhood.py are the only two places that know them; tests/test_neighborhood.py
+// compares the two exhaustively. Semantics: NATTEN (arXiv 2403.04690, stride: 2504.16922).
+//
+// Vocabulary: a *position* x is an index on an axis of the grid. Dilation splits an axis into `dilation` groups,
+// position x belonging to group x % dilation at *in-group index* x / dilation. Windows are intervals of in-group
+// indices.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define JAX_NATTEN_HD __host__ __device__ __forceinline__
+#else
+#define JAX_NATTEN_HD inline
+#endif
+
+namespace jax_natten {
+
+constexpr int kMaxRank = 3;
+
+// Half-open interval of in-group indices.
+struct Interval {
+  int begin;
+  int end;
+};
+
+struct Axis {
+  int length = 1;    // positions on the axis
+  int window = 1;    // kernel size K
+  int stride = 1;    // queries of one stride block share the leader's window
+  int dilation = 1;  // distance of neighboring keys
+  bool causal = false;
+};
+
+JAX_NATTEN_HD int imin(int a, int b) { return a < b ? a : b; }
+JAX_NATTEN_HD int imax(int a, int b) { return a > b ? a : b; }
+
+// Number of positions in a dilation group.
+JAX_NATTEN_HD int group_length(const Axis& axis, int group) {
+  return (axis.length - group + axis.dilation - 1) / axis.dilation;
+}
+
+// Keys seen by the query at in-group index i of a group with `length` positions. Never empty; holds i itself.
+JAX_NATTEN_HD Interval window_of_query(const Axis& axis, int i, int length) {
+  const int block = i / axis.stride * axis.stride;
+  if (axis.causal) {
+    const int leader = imin(block + axis.stride - 1, length - 1);
+    return {imax(leader - axis.window + 1, 0), i + 1};
+  }
+  const int leader = imin(block + axis.stride / 2, length - 1);
+  const int begin = imin(imax(leader - axis.window / 2, 0), length - axis.window);
+  return {begin, begin + axis.window};
+}
+
+// Queries that see the key at in-group index j: the inverse window, one interval. Never empty.
+JAX_NATTEN_HD Interval queries_of_key(const Axis& axis, int j, int length) {
+  const int K = axis.window, s = axis.stride;
+  if (axis.causal) {
+    const int blocks = (j + K) / s + (j + K >= length ? 1 : 0);
+    return {j, imin(blocks * s, length)};
+  }
+  const int offset = s - s / 2 - 1;
+  const int left = K / 2, right = K / 2 + K % 2 - 1;
+  const int begin = j >= K ? (j - right + offset) / s * s : 0;
+  const int end = j >= length - K ? length : imin((j + left + offset + 1) / s * s, length);
+  return {begin, end};
+}
+
+// A whole problem's windows. Problems of rank 1 and 2 are padded *in front* with axes of length 1 and window 1, so that
+// axes[2] is always the innermost (contiguous) one and one kernel serves every rank.
+struct Neighborhood {
+  int rank = 1;
+  Axis axes[kMaxRank];
+
+  JAX_NATTEN_HD int64_t positions() const {
+    return int64_t(axes[0].length) * axes[1].length * axes[2].length;
+  }
+  JAX_NATTEN_HD int64_t window_size() const {
+    return int64_t(axes[0].window) * axes[1].window * axes[2].window;
+  }
+  // Entries of one head's relative position bias table, prod(2 K - 1).
+  JAX_NATTEN_HD int64_t bias_size() const {
+    return int64_t(2 * axes[0].window - 1) * (2 * axes[1].window - 1) * (2 * axes[2].window - 1);
+  }
+};
+
+}  // namespace jax_natten
