@@ -1,0 +1,138 @@
+"""Argument checks shared by the fused and the unfused interface. All of them run at trace time."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_natten.neighborhood import Neighborhood
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def arrays(**named) -> dict[str, jax.Array]:
+    """Converts named arguments to JAX arrays of one supported floating dtype.
+
+    Raises:
+      TypeError: not an array, an unsupported dtype, or dtypes that differ from the first argument's.
+    """
+    converted: dict[str, jax.Array] = {}
+    for name, value in named.items():
+        if not isinstance(value, jax.Array | np.ndarray):
+            raise TypeError(f"{name} must be an array; got {type(value).__name__}")
+        array = jnp.asarray(value)
+        if array.dtype.name not in DTYPES:
+            raise TypeError(f"{name} must have one of the dtypes {', '.join(DTYPES)}; got {array.dtype.name}")
+        converted[name] = array
+        first_name, first = next(iter(converted.items()))
+        if array.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype.name}; got {array.dtype.name}")
+    return converted
+
+
+def split(name: str, array: jax.Array, window: Neighborhood) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Splits ``[*batch, *X, heads, D]`` into batch and grid shape and checks that the windows fit the grid."""
+    rank = window.rank
+    if array.ndim < rank + 2:
+        raise ValueError(
+            f"{name} must have shape [*batch, {', '.join('XYZ'[:rank])}, heads, dim], at least {rank + 2} axes for "
+            f"kernel_size {window.kernel_size}; got shape {array.shape}"
+        )
+    batch, grid = array.shape[: array.ndim - rank - 2], array.shape[array.ndim - rank - 2 : -2]
+    window.check_grid(grid)
+    if array.shape[-1] == 0 or array.shape[-2] == 0:
+        raise ValueError(f"{name} must have at least one head and one channel; got shape {array.shape}")
+    return batch, grid
+
+
+def same_grid(name: str, array: jax.Array, other_name: str, other: jax.Array) -> None:
+    """Batch and grid axes of two arrays must agree."""
+    if array.ndim != other.ndim or array.shape[:-2] != other.shape[:-2]:
+        raise ValueError(
+            f"{name} must have the batch and grid axes of {other_name}, {other.shape[:-2]}; got shape {array.shape}"
+        )
+
+
+def groups(query_name: str, heads: int, key_name: str, kv_heads: int) -> None:
+    """Query heads must be a multiple of the key heads."""
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"the heads of {query_name} must be a multiple of the heads of {key_name}; got {heads} and {kv_heads}"
+        )
+
+
+def channels(name: str, array: jax.Array, other_name: str, dim: int) -> None:
+    """The last axis must have a given length."""
+    if array.shape[-1] != dim:
+        raise ValueError(f"the last axis of {name} must be that of {other_name}, {dim}; got shape {array.shape}")
+
+
+def additional(name: str, array: jax.Array, batch: tuple[int, ...], heads: int, dim: int) -> None:
+    """Additional keys or values are ``[*batch, S, heads, dim]``."""
+    expected = (*batch, "S", heads, dim)
+    if array.ndim != len(expected) or any(e not in ("S", got) for e, got in zip(expected, array.shape)):
+        raise ValueError(f"{name} must have shape {expected}; got {array.shape}".replace("'", ""))
+
+
+def bias(rpb, heads: int, window: Neighborhood) -> None:
+    """A relative position bias is ``[heads, *(2 * kernel_size - 1)]`` and needs windows without causal axes."""
+    if not isinstance(rpb, jax.Array | np.ndarray) or not jnp.issubdtype(rpb.dtype, jnp.floating):
+        raise TypeError(f"rpb must be a floating-point array; got {getattr(rpb, 'dtype', type(rpb).__name__)}")
+    expected = (heads, *window.bias_shape)
+    if rpb.shape != expected:
+        raise ValueError(f"rpb must have shape [heads, *(2 * kernel_size - 1)] = {expected}; got {rpb.shape}")
+    if any(window.is_causal):
+        raise ValueError(f"rpb cannot be combined with causal axes; got is_causal {window.is_causal}")
+
+
+def scale(value, dim: int) -> float:
+    """The factor of the scores, a finite Python number; None means ``dim ** -0.5``."""
+    if value is None:
+        return dim**-0.5
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError("scale must be known at trace time; multiply the query by a learned or traced scale instead")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array) or np.ndim(value):
+        raise TypeError(f"scale must be None or a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite; got {value!r}")
+    return float(value)
+
+
+def fold_batch(array: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """Makes one batch axis of any number of them."""
+    if len(batch) == 1:
+        return array  # no reshape: an explicit sharding stays as it is
+    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def with_rank(rank: int, function: Function, name: str) -> Function:
+    """``function``, which takes its rank from ``kernel_size``, for one rank.
+
+    An int ``kernel_size`` then holds for every axis.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def ranked(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        size = call.arguments["kernel_size"]
+        if not isinstance(size, Sequence):
+            call.arguments["kernel_size"] = (size,) * rank
+        elif len(size) != rank:
+            raise ValueError(f"kernel_size of {name} must be an int or have {rank} entries; got {size!r}")
+        return function(*call.args, **call.kwargs)
+
+    ranked.__name__ = ranked.__qualname__ = name
+    ranked.__doc__ = f"{rank}-D case of :func:`{function.__name__}`: the same arguments; an int ``kernel_size`` holds for every axis."
+    return ranked  # type: ignore[return-value]

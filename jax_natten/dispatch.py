@@ -1,0 +1,124 @@
+"""Which implementation takes a case, and why one does not.
+
+An implementation is a set of kernels behind the same primitives:
+
+========  =========  ===============================================================================
+name      platforms  what it is
+========  =========  ===============================================================================
+"naive"   CUDA       direct CUDA kernels, one query at a time; takes every case
+"cpu"     CPU        multi-threaded, vectorised C++; takes every case
+"xla"     any        pure JAX, blocked so that memory is bounded; takes every case
+========  =========  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from jax_natten import native
+from jax_natten.neighborhood import Neighborhood
+
+# Every name of the interface. "sm90" and "sm80" are reserved for kernels that are not there yet.
+IMPLEMENTATIONS = ("sm90", "sm80", "naive", "cpu", "xla")
+
+# In order of preference; the last one of each platform takes everything.
+_PREFERENCE = {"cuda": ("sm90", "sm80", "naive", "xla"), "cpu": ("cpu", "xla")}
+_PLATFORM = {"sm90": "cuda", "sm80": "cuda", "naive": "cuda", "cpu": "cpu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel needs to know to tell whether it takes a case."""
+
+    operation: str  # "fused_forward", "fused_backward", "pn", "nn" or "in"
+    neighborhood: Neighborhood
+    dtype: np.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    additional_keys: int
+    has_bias: bool
+
+
+def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Checks the ``implementation`` argument of a public function; None stays None.
+
+    Raises:
+      TypeError: not a string, a sequence of strings or None.
+      ValueError: an unknown name, or an empty sequence.
+    """
+    if implementation is None:
+        return None
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"implementation must be None, a name or a sequence of names; got {implementation!r}")
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown or not names:
+        raise ValueError(f"implementation must be among {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    return tuple(names)
+
+
+def why_not(name: str, problem: Problem) -> str | None:
+    """The limit that keeps implementation ``name`` from taking this problem on its own platform, or None."""
+    if name in ("sm90", "sm80"):
+        return f"{name!r} has no kernel for {problem.operation} yet"
+    return None
+
+
+def check(problem: Problem, requested: tuple[str, ...] | None) -> None:
+    """Raises NotImplementedError at trace time if no requested implementation could take the problem anywhere."""
+    if requested is None:
+        return
+    reasons = [why_not(name, problem) for name in requested]
+    if all(reasons):
+        raise NotImplementedError(
+            f"no implementation among {requested} takes this case: {'; '.join(map(str, reasons))}"
+        )
+
+
+def candidates(problem: Problem, platform: str, requested: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Names of the implementations that take a problem on a platform, best first.
+
+    Args:
+      problem: the case.
+      platform: "cpu", "cuda", or any other platform of JAX ("tpu", ...), where only "xla" runs.
+      requested: as returned by :func:`parse`; None picks every one that applies.
+
+    Raises:
+      NotImplementedError: none of the requested ones applies; says which limit each of them hit.
+    """
+    names = requested or _PREFERENCE.get(platform, ("xla",))
+    reasons = {name: _why_not_here(name, problem, platform) for name in names}
+    able = tuple(name for name in names if reasons[name] is None)
+    if not able:
+        raise NotImplementedError(
+            f"no implementation among {names} takes this case on platform {platform!r}: {'; '.join(map(str, reasons.values()))}"
+        )
+    if requested is None and platform in ("cpu", "cuda") and able == ("xla",):
+        _warn_slow(platform)
+    return able
+
+
+def _why_not_here(name: str, problem: Problem, platform: str) -> str | None:
+    if name == "xla":
+        return None
+    if _PLATFORM[name] != platform:
+        return f"{name!r} runs on platform {_PLATFORM[name]!r} only"
+    if getattr(native, platform) is None:
+        return f"{name!r} needs the library jax_natten._{platform}, which was not built"
+    return why_not(name, problem)
+
+
+@functools.cache
+def _warn_slow(platform: str) -> None:
+    warnings.warn(
+        f"jax_natten was installed without its {platform.upper()} kernels: using the slower 'xla' implementation. "
+        "See `python -m jax_natten info`.",
+        stacklevel=2,
+    )

@@ -1,0 +1,123 @@
+"""Primitives of fused attention and their derivatives.
+
+``forward`` and ``backward`` are kernels; ``tangent`` is the derivative of ``forward`` along given tangents, linear in
+them, and its transpose is ``backward``. Written so, instead of with ``jax.custom_vjp``, both modes of differentiation
+work, and ``jax.grad`` still costs one forward and one backward call. Derivatives of ``backward`` and of ``tangent``
+(second order) go through the XLA implementation, which JAX differentiates.
+
+Operands common to all: query, key, value, additional_keys, additional_values, bias (layouts in cuda/common/params.h). What
+is absent has an axis of length zero: no additional keys, or a bias without heads.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad
+
+from jax_natten.dispatch import Problem
+from jax_natten.primitives import shim, workspace
+from jax_natten.primitives.factory import NativeCall, Operation, accumulation_dtype, bind, define, window_attributes
+from jax_natten.xla import fused as xla
+
+# Names of the residuals for checkpoint policies, e.g. ``jax.checkpoint_policies.save_only_these_names``.
+OUT_NAME, LSE_NAME = "na_out", "na_lse"
+
+_INPUTS = ("bXhd", "bXkd", "bXke", "bskd", "bske", "ghpqr")
+_OUT, _LSE = "bXhe", "bXh"
+
+
+def problem(operation: str, query, key, value, additional_keys, bias, neighborhood) -> Problem:
+    """The case that these arrays (or abstract values) make."""
+    return Problem(
+        operation=operation,
+        neighborhood=neighborhood,
+        dtype=query.dtype,
+        heads=query.shape[-2],
+        kv_heads=key.shape[-2],
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        additional_keys=additional_keys.shape[-3],
+        has_bias=bias.shape[1] > 0,
+    )
+
+
+def _forward_avals(query, key, value, additional_keys, additional_values, bias, **_):
+    out = shim.derive(query, (*query.shape[:-1], value.shape[-1]))
+    lse = shim.derive(query, query.shape[:-1], accumulation_dtype(query.dtype))
+    return [out, lse]
+
+
+def _native(name, query, key, value, additional_keys, additional_values, bias, *_, neighborhood, scale):
+    backward = name == "fused_backward"
+    return NativeCall(
+        target=f"jax_natten_{name}",
+        problem=problem(name, query, key, value, additional_keys, bias, neighborhood),
+        attributes=window_attributes(neighborhood) | {"scale": np.float64(scale)},
+        workspace=workspace.fused_backward(query, value, additional_keys, bias) if backward else None,
+    )
+
+
+forward_p = define(
+    Operation(
+        name="natten_fused_forward",
+        abstract_eval=_forward_avals,
+        xla=xla.forward,
+        operands=_INPUTS,
+        results=(_OUT, _LSE),
+        native=functools.partial(_native, "fused_forward"),
+    )
+)
+backward_p = define(
+    Operation(
+        name="natten_fused_backward",
+        abstract_eval=lambda *avals, **_: list(avals[:6]),
+        xla=xla.backward,
+        operands=(*_INPUTS, _OUT, _LSE, _OUT, _LSE),
+        results=_INPUTS,
+        native=functools.partial(_native, "fused_backward"),
+    )
+)
+tangent_p = define(
+    Operation(
+        name="natten_fused_tangent",
+        abstract_eval=_forward_avals,
+        xla=xla.tangent,
+        operands=(*_INPUTS, _OUT, _LSE, *_INPUTS),
+        results=(_OUT, _LSE),
+    )
+)
+
+
+def attention(query, key, value, additional_keys, additional_values, bias, *, neighborhood, scale, implementation):
+    """``(out, lse)``; every operand present, see the module's docstring."""
+    operands = (query, key, value, additional_keys, additional_values, bias)
+    return bind(forward_p, *operands, neighborhood=neighborhood, scale=scale, implementation=implementation)
+
+
+def _forward_jvp(primals, tangents, **params):
+    out, lse = bind(forward_p, *primals, **params)
+    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    tangents = map(ad.instantiate_zeros, tangents)
+    return [out, lse], bind(tangent_p, *primals, out, lse, *tangents, **params)
+
+
+def _tangent_transpose(cotangents, *operands, **params):
+    residuals, linear = operands[:8], operands[8:]
+    grads = bind(backward_p, *residuals, *map(ad.instantiate_zeros, cotangents), **params)
+    return [None] * 8 + [g if ad.is_undefined_primal(x) else None for g, x in zip(grads, linear)]
+
+
+def _xla_jvp(function, primals, tangents, *, implementation, **params):
+    """Second order: differentiates the XLA implementation."""
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(lambda *a: list(function(*a, **params)), tuple(primals), tangents)
+
+
+ad.primitive_jvps[forward_p] = _forward_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+ad.primitive_jvps[tangent_p] = functools.partial(_xla_jvp, xla.tangent)
+ad.primitive_jvps[backward_p] = functools.partial(_xla_jvp, xla.backward)

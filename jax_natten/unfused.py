@@ -1,0 +1,134 @@
+"""Unfused neighborhood attention: scores and weighted sums as separate operations, the weights in between are yours.
+
+Slots of a query are its window's keys, row-major over the window axes: slot ``(k0, k1, ..)`` of the query at x is the
+key at ``x % dilation + (start + k) * dilation`` per axis. The slots of additional keys come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_natten import checks, dispatch
+from jax_natten.attention import Bools, Ints
+from jax_natten.checks import with_rank
+from jax_natten.neighborhood import Neighborhood
+from jax_natten.primitives import unfused
+from jax_natten.primitives.factory import accumulation_dtype
+
+
+def neighborhood_qk(
+    query: jax.Array,
+    key: jax.Array,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    is_causal: Bools = False,
+    additional_keys: jax.Array | None = None,
+    rpb: jax.Array | None = None,
+    *,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    """Scores of every query with the keys of its window, before the softmax and unscaled (scale the query).
+
+    Differentiable to any order and in both modes.
+
+    Args:
+      query: ``[*batch, *X, Hq, D]``.
+      key: ``[*batch, *X, Hkv, D]``; Hkv divides Hq.
+      kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
+      additional_keys: ``[*batch, S, Hkv, D]``, seen by every query.
+      rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]``, added to the scores. Not with causal axes.
+      implementation: see :func:`neighborhood_attention`.
+
+    Returns:
+      ``[*batch, *X, Hq, prod(kernel_size) + S]`` in the dtype of ``query``. Causal slots past the query hold -inf.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: see :func:`neighborhood_attention`.
+    """
+    window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
+    query, key = checks.arrays(query=query, key=key).values()
+    batch, _ = checks.split("query", query, window)
+    checks.same_grid("key", key, "query", query)
+    heads, (kv_heads, dim) = query.shape[-2], key.shape[-2:]
+    checks.channels("key", key, "query", query.shape[-1])
+    checks.groups("query", heads, "key", kv_heads)
+    if additional_keys is None:
+        additional_keys = jnp.zeros((*batch, 0, kv_heads, dim), query.dtype)
+    additional_keys = checks.arrays(query=query, additional_keys=additional_keys)["additional_keys"]
+    checks.additional("additional_keys", additional_keys, batch, kv_heads, dim)
+    if rpb is None:
+        bias = unfused.empty_bias(window, query.dtype)
+    else:
+        checks.bias(rpb, heads, window)
+        bias = jnp.asarray(rpb, accumulation_dtype(query.dtype))[None]
+    requested = dispatch.parse(implementation)
+    extra = additional_keys.shape[-3]
+    dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
+    operands = [checks.fold_batch(array, batch) for array in (query, key, additional_keys)]
+    weights = unfused.pn(*operands, bias, neighborhood=window, fill_negative_infinity=True, implementation=requested)
+    return weights.reshape(*batch, *weights.shape[1:])
+
+
+def neighborhood_av(
+    attn: jax.Array,
+    value: jax.Array,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    is_causal: Bools = False,
+    additional_values: jax.Array | None = None,
+    *,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    """Sum of the values of every query's window, weighted by ``attn``.
+
+    Differentiable to any order and in both modes.
+
+    Args:
+      attn: ``[*batch, *X, Hq, prod(kernel_size) + S]``. Causal slots past the query do not count, whatever they hold.
+      value: ``[*batch, *X, Hkv, Dv]``; Hkv divides Hq.
+      kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
+      additional_values: ``[*batch, S, Hkv, Dv]``.
+      implementation: see :func:`neighborhood_attention`.
+
+    Returns:
+      ``[*batch, *X, Hq, Dv]`` in the dtype of ``attn``.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: see :func:`neighborhood_attention`.
+    """
+    window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
+    attn, value = checks.arrays(attn=attn, value=value).values()
+    batch, _ = checks.split("attn", attn, window)
+    checks.same_grid("value", value, "attn", attn)
+    heads, (kv_heads, dim) = attn.shape[-2], value.shape[-2:]
+    checks.groups("attn", heads, "value", kv_heads)
+    if dim == 0:
+        raise ValueError(f"value must have at least one channel; got shape {value.shape}")
+    if additional_values is None:
+        additional_values = jnp.zeros((*batch, 0, kv_heads, dim), attn.dtype)
+    additional_values = checks.arrays(attn=attn, additional_values=additional_values)["additional_values"]
+    checks.additional("additional_values", additional_values, batch, kv_heads, dim)
+    extra = additional_values.shape[-3]
+    if attn.shape[-1] != window.window_size + extra:
+        raise ValueError(
+            f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; got "
+            f"shape {attn.shape}"
+        )
+    requested = dispatch.parse(implementation)
+    dispatch.check(unfused.problem("nn", attn.dtype, heads, kv_heads, dim, extra, False, window), requested)
+    operands = [checks.fold_batch(array, batch) for array in (attn, value, additional_values)]
+    out = unfused.nn(*operands, neighborhood=window, implementation=requested)
+    return out.reshape(*batch, *out.shape[1:])
+
+
+na1d_qk = with_rank(1, neighborhood_qk, "na1d_qk")
+na2d_qk = with_rank(2, neighborhood_qk, "na2d_qk")
+na3d_qk = with_rank(3, neighborhood_qk, "na3d_qk")
+na1d_av = with_rank(1, neighborhood_av, "na1d_av")
+na2d_av = with_rank(2, neighborhood_av, "na2d_av")
+na3d_av = with_rank(3, neighborhood_av, "na3d_av")
