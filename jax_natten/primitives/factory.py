@@ -223,4 +223,4 @@ def _sharding_rule(operation: Operation, operands, results) -> tuple[str, dict[s
 
     left = ", ".join(map(mapping, operation.operands, operands))
     right = ", ".join(map(mapping, operation.results, results))
-    return f"{left} -> {right}", {"k": lengths["k"], "m": group} if group > 1 else {}
+    return f"{left} -> {right}", {"m": group} if group > 1 else {}

@@ -45,7 +45,7 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
     )
 
 
-def _forward_avals(query, key, value, additional_keys, additional_values, bias, **_):
+def _forward_avals(query, key, value, *_, **__):
     out = shim.derive(query, (*query.shape[:-1], value.shape[-1]))
     lse = shim.derive(query, query.shape[:-1], accumulation_dtype(query.dtype))
     return [out, lse]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jax._src import core
 from jax._src import dispatch as _jax_dispatch
@@ -31,12 +33,19 @@ def derive(aval, shape, dtype=None, axes=None):
       aval: the value to derive from.
       shape: the new shape.
       dtype: the new dtype; by default that of ``aval``.
-      axes: for every new axis the axis of ``aval`` whose sharding it inherits, or None.
+      axes: for every new axis the axis of ``aval`` whose sharding it inherits (where its length allows), or None.
     """
-    old = tuple(aval.sharding.spec) + (None,) * (aval.ndim - len(aval.sharding.spec))
+    spec = tuple(aval.sharding.spec) + (None,) * (aval.ndim - len(aval.sharding.spec))
     axes = range(len(shape)) if axes is None else axes
-    spec = PartitionSpec(*(None if a is None else old[a] for a in axes))
-    return aval.update(shape=tuple(shape), dtype=dtype or aval.dtype, sharding=aval.sharding.update(spec=spec))
+
+    def inherited(length, axis):
+        entry = None if axis is None else spec[axis]
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        return entry if length % math.prod(aval.sharding.mesh.shape[name] for name in names) == 0 else None
+
+    entries = (inherited(length, axis) for length, axis in zip(shape, axes))
+    sharding = aval.sharding.update(spec=PartitionSpec(*entries))
+    return aval.update(shape=tuple(shape), dtype=dtype or aval.dtype, sharding=sharding)
 
 
 def align(*arrays):

@@ -67,22 +67,26 @@ def _nn_native(weights, keys, additional, *, neighborhood):
     return NativeCall("jax_natten_nn", case, window_attributes(neighborhood))
 
 
-def _inverse_avals(weights, queries, *, kv_heads, additional, **_):
+def _inverse_avals(weights, queries, *, group, additional, **_):
     batch, *grid, heads, dim = queries.shape
+    kv_heads = heads // group
     rank = len(grid)
-    # Heads stay split only if the key heads are as many; an explicit sharding of a group is dropped.
-    head_axis = rank + 1 if kv_heads == heads else None
     return [
-        shim.derive(queries, (batch, *grid, kv_heads, dim), axes=(*range(rank + 1), head_axis, rank + 2)),
-        shim.derive(queries, (batch, additional, kv_heads, dim), axes=(0, None, head_axis, rank + 2)),
+        shim.derive(queries, (batch, *grid, kv_heads, dim)),
+        shim.derive(queries, (batch, additional, kv_heads, dim), axes=(0, None, rank + 1, rank + 2)),
     ]
 
 
-def _inverse_native(weights, queries, *, neighborhood, kv_heads, additional):
+def _inverse_native(weights, queries, *, neighborhood, group, additional):
     heads, dim = queries.shape[-2:]
+    kv_heads = heads // group
     case = problem("in", queries.dtype, heads, kv_heads, dim, additional, False, neighborhood)
     attributes = window_attributes(neighborhood)
     return NativeCall("jax_natten_in", case, attributes, workspace.inverse(queries, kv_heads, additional))
+
+
+def _inverse_xla(weights, queries, *, group, **params):
+    return xla.inverse(weights, queries, kv_heads=queries.shape[-2] // group, **params)
 
 
 pn_p = define(
@@ -109,7 +113,7 @@ inverse_p = define(
     Operation(
         name="natten_in",
         abstract_eval=_inverse_avals,
-        xla=xla.inverse,
+        xla=_inverse_xla,
         operands=(_WEIGHTS, _QUERIES),
         results=(_KEYS, _ADDITIONAL),
         native=_inverse_native,
@@ -127,9 +131,19 @@ def nn(weights, keys, additional, **params):
     return bind(nn_p, weights, keys, additional, **params)[0]
 
 
-def inverse(weights, queries, *, kv_heads, additional, **params):
-    """``(keys, additional_keys)``: keys[y] = sum over the x that see y of weights[x, slot of y] queries_x."""
-    return bind(inverse_p, weights, queries, kv_heads=kv_heads, additional=additional, **params)
+def inverse(weights, queries, *, group, additional, **params):
+    """``(keys, additional_keys)``: keys[y] = sum over the x that see y of weights[x, slot of y] queries_x.
+
+    ``group`` query heads share a key head (the quotient, unlike the number of key heads, is the same on every device).
+    """
+    return bind(inverse_p, weights, queries, group=group, additional=additional, **params)
+
+
+def _inverse_like(weights, queries, keys, additional, **params):
+    """``inverse`` with results like these keys, which may be undefined primals."""
+    keys, additional = (x.aval if ad.is_undefined_primal(x) else x for x in (keys, additional))
+    group = weights.shape[-2] // keys.shape[-2]
+    return inverse(weights, queries, group=group, additional=additional.shape[1], **params)
 
 
 def _given(*tangents) -> bool:
@@ -161,11 +175,9 @@ def _pn_transpose(cotangents, queries, keys, additional, bias, *, fill_negative_
     if ad.is_undefined_primal(queries):
         return [nn(weights, keys, additional, **params), None, None, None]
     sides = (keys, additional, bias)
-    shapes = [x.aval if ad.is_undefined_primal(x) else x for x in sides]
-    kv_heads, extra = shapes[0].shape[-2], shapes[1].shape[1]
-    grads = [*inverse(weights, queries, kv_heads=kv_heads, additional=extra, **params), None]
+    grads = [*_inverse_like(weights, queries, keys, additional, **params), None]
     if ad.is_undefined_primal(bias):
-        grads[2] = bias_gradient(weights, shapes[2].shape, params["neighborhood"])
+        grads[2] = bias_gradient(weights, bias.aval.shape, params["neighborhood"])
     return [None, *(g if ad.is_undefined_primal(x) else None for g, x in zip(grads, sides))]
 
 
@@ -186,8 +198,7 @@ def _nn_transpose(cotangents, weights, keys, additional, **params):
     if ad.is_undefined_primal(weights):
         none = empty_bias(params["neighborhood"], queries.dtype)
         return [pn(queries, keys, additional, none, **params), None, None]
-    shapes = [x.aval if ad.is_undefined_primal(x) else x for x in (keys, additional)]
-    grads = inverse(weights, queries, kv_heads=shapes[0].shape[-2], additional=shapes[1].shape[1], **params)
+    grads = _inverse_like(weights, queries, keys, additional, **params)
     return [None, *(g if ad.is_undefined_primal(x) else None for g, x in zip(grads, (keys, additional)))]
 
 
@@ -200,7 +211,7 @@ def _inverse_jvp(primals, tangents, **params):
     return results, _sum(terms, results)
 
 
-def _inverse_transpose(cotangents, weights, queries, *, kv_heads, additional, **params):
+def _inverse_transpose(cotangents, weights, queries, *, group, additional, **params):
     keys, extra = map(ad.instantiate_zeros, cotangents)
     if ad.is_undefined_primal(weights):
         none = empty_bias(params["neighborhood"], queries.dtype)
