@@ -1,0 +1,208 @@
+"""Draws a case's operands, runs one implementation of it and compares with the oracle.
+
+Every check takes the implementation as an argument, so that the CPU suite and ``tests/gpu`` hold them to the same
+promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from problems import Problem
+from tolerance import assert_as_good_as_plain
+
+import jax_natten
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem and everything else that an attention call may be given."""
+
+    problem: Problem
+    dtype: str = "float32"
+    value_dim: int | None = None  # None: as the query's
+    additional: int = 0  # additional keys and values
+    bias: bool = False
+    scale: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.problem.name, self.dtype]
+        parts += [f"v{self.value_dim}"] if self.value_dim else []
+        parts += [f"s{self.additional}"] if self.additional else []
+        parts += ["bias"] if self.bias else []
+        parts += [] if self.scale is None else [f"scale{self.scale}"]
+        return "-".join(parts)
+
+    @property
+    def accumulation(self) -> np.dtype:
+        return np.dtype(np.float64 if self.dtype == "float64" else np.float32)
+
+    @property
+    def effective_scale(self) -> float:
+        return self.problem.dim**-0.5 if self.scale is None else self.scale
+
+
+def generator(*words) -> np.random.Generator:
+    """Random numbers for one test: of this run's seed and of the words, whatever the order of the tests."""
+    return np.random.default_rng([int(os.environ["JAX_NATTEN_TEST_SEED"]), zlib.crc32(repr(words).encode())])
+
+
+def operand_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    p, value_dim = case.problem, case.value_dim or case.problem.dim
+    shapes = {
+        "query": (p.batch, *p.grid, p.heads, p.dim),
+        "key": (p.batch, *p.grid, p.kv_heads, p.dim),
+        "value": (p.batch, *p.grid, p.kv_heads, value_dim),
+    }
+    if case.additional:
+        shapes["additional_keys"] = (p.batch, case.additional, p.kv_heads, p.dim)
+        shapes["additional_values"] = (p.batch, case.additional, p.kv_heads, value_dim)
+    if case.bias:
+        shapes["rpb"] = (p.heads, *(2 * k - 1 for k in p.kernel_size))
+    return shapes
+
+
+def draw(case: Case) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Operands, and cotangents of out and lse."""
+    rng = generator(case.name)
+    shapes, dtype = operand_shapes(case), jnp.dtype(case.dtype)
+    operands = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    d_out = rng.standard_normal((*shapes["query"][:-1], shapes["value"][-1])).astype(dtype)
+    d_lse = rng.standard_normal(shapes["query"][:-1]).astype(case.accumulation)
+    return operands, (d_out, d_lse)
+
+
+@functools.lru_cache(maxsize=4)
+def expected_fused(case: Case):
+    """``(operands, cotangents, oracle, plain, magnitudes)``, shared by the implementations."""
+    operands, cotangents = draw(case)
+    arguments = (operands, case.problem.window, case.effective_scale, *cotangents)
+    exact, magnitudes = oracle.attention(*arguments)
+    plain, _ = oracle.attention(*arguments, compute=case.accumulation.type, storage=jnp.dtype(case.dtype))
+    return operands, cotangents, exact, plain, magnitudes
+
+
+def fused(case: Case, implementation):
+    """The public function as ``operands -> (out, lse)``."""
+
+    def attention(operands):
+        operands = dict(operands)
+        return jax_natten.neighborhood_attention(
+            operands.pop("query"),
+            operands.pop("key"),
+            operands.pop("value"),
+            **case.problem.window,
+            **operands,
+            scale=case.scale,
+            return_lse=True,
+            implementation=implementation,
+        )
+
+    return attention
+
+
+def run_fused(case: Case, implementation, operands, cotangents) -> dict[str, jax.Array]:
+    """Results and gradients in one jitted call, named as by the oracle."""
+
+    @jax.jit
+    def run(operands, cotangents):
+        (out, lse), pullback = jax.vjp(fused(case, implementation), operands)
+        (grads,) = pullback(cotangents)
+        return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in grads.items()}
+
+    return run(operands, cotangents)
+
+
+def check_fused(case: Case, implementation) -> None:
+    """Forward and every gradient of a fused case."""
+    operands, cotangents, exact, plain, magnitudes = expected_fused(case)
+    results = run_fused(case, implementation, operands, cotangents)
+    assert results.keys() == exact.keys()
+    for name, result in results.items():
+        dtype = case.accumulation if name == "lse" else jnp.dtype(case.dtype)
+        assert result.dtype == dtype, f"{name} is {result.dtype}, expected {dtype}"
+        assert_as_good_as_plain(
+            result, exact[name], plain[name], name=name, dtype=dtype, magnitude=magnitudes.get(name, 0.0)
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def expected_unfused(case: Case):
+    """Operands, cotangents, oracle and plain results of QK and AV; the dtype of each plain result is the storage."""
+    p, dtype = case.problem, jnp.dtype(case.dtype)
+    operands, _ = draw(case)
+    rng = generator("unfused", case.name)
+    slots = int(np.prod(p.kernel_size)) + case.additional
+    rows = (p.batch, *p.grid, p.heads)
+    attn = rng.standard_normal((*rows, slots)).astype(dtype)
+    d_attn = rng.standard_normal((*rows, slots)).astype(dtype)
+    d_out = rng.standard_normal((*rows, operands["value"].shape[-1])).astype(dtype)
+    window, more_keys, more_values = p.window, operands.get("additional_keys"), operands.get("additional_values")
+
+    def compute(**precision):
+        d_key, d_more_keys = oracle.inverse(d_attn, operands["query"], window, p.kv_heads, **precision)
+        d_value, d_more_values = oracle.inverse(attn, d_out, window, p.kv_heads, **precision)
+        results = {
+            "qk": oracle.pn(operands["query"], operands["key"], window, more_keys, operands.get("rpb"), **precision),
+            "d_query": oracle.nn(d_attn, operands["key"], window, more_keys, **precision),
+            "d_key": d_key,
+            "av": oracle.nn(attn, operands["value"], window, more_values, **precision),
+            "d_attn": oracle.pn(d_out, operands["value"], window, more_values, fill=0.0, **precision),
+            "d_value": d_value,
+        }
+        if case.additional:
+            results |= {"d_additional_keys": d_more_keys, "d_additional_values": d_more_values}
+        if case.bias:
+            results["d_rpb"] = oracle.bias_gradient(d_attn.astype(precision["compute"]), window, p.heads)
+        return results
+
+    exact = compute(compute=np.float64)
+    plain = compute(compute=case.accumulation.type, storage=dtype)
+    return operands, (attn, d_attn, d_out), exact, plain
+
+
+def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out) -> dict[str, jax.Array]:
+    window = case.problem.window
+    rank = case.problem.rank
+    qk, av = getattr(jax_natten, f"na{rank}d_qk"), getattr(jax_natten, f"na{rank}d_av")
+    qk_names = [name for name in ("query", "key", "additional_keys", "rpb") if name in operands]
+    av_names = [name for name in ("value", "additional_values") if name in operands]
+
+    @jax.jit
+    def run(operands, attn, d_attn, d_out):
+        def scores(x):
+            x = dict(x)
+            return qk(x.pop("query"), x.pop("key"), **window, **x, implementation=implementation)
+
+        def mixed(attn, x):
+            x = dict(x)
+            return av(attn, x.pop("value"), **window, **x, implementation=implementation)
+
+        results = {}
+        results["qk"], pullback = jax.vjp(scores, {name: operands[name] for name in qk_names})
+        (qk_grads,) = pullback(d_attn)
+        results["av"], pullback = jax.vjp(mixed, attn, {name: operands[name] for name in av_names})
+        results["d_attn"], av_grads = pullback(d_out)
+        return results | {f"d_{name}": g for name, g in (qk_grads | av_grads).items()}
+
+    return run(operands, attn, d_attn, d_out)
+
+
+def check_unfused(case: Case, implementation) -> None:
+    """QK and AV forward and every gradient, causal slots included."""
+    operands, cotangents, exact, plain = expected_unfused(case)
+    results = run_unfused(case, implementation, operands, *cotangents)
+    assert results.keys() == exact.keys()
+    for name, result in results.items():
+        assert result.dtype == jnp.dtype(case.dtype), f"{name} is {result.dtype}"
+        assert_as_good_as_plain(result, exact[name], plain[name], name=name, dtype=case.dtype)

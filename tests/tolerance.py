@@ -1,0 +1,52 @@
+"""When a result is right: its error against a float64 oracle, measured by the error of plain attention.
+
+error = ||result - oracle|| / ||oracle|| per tensor. It passes if it is at most twice the error that plain attention
+makes at the same dtype with the same accumulation type, plus 1e-7. Absolute tolerances would hide small wrong
+gradients.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+# Plain float64 attention is the oracle itself; the floor still catches an accumulation in float32.
+FLOOR = {"float64": 1e-12}
+# The norm of a handful of numbers is no statistic: one number may round luckily in one order of summation and unluckily
+# in the other, so small tensors may always be off by the rounding of their dtype.
+FEW = 256
+
+
+def relative_error(result, oracle, magnitude: float = 0.0) -> float:
+    """||result - oracle|| / ||oracle||. ``magnitude`` replaces the denominator of a result that cancels to nothing."""
+    result, oracle = np.asarray(result, np.float64), np.asarray(oracle, np.float64)
+    assert result.shape == oracle.shape, f"shape {result.shape}, expected {oracle.shape}"
+    finite = np.isfinite(oracle)
+    np.testing.assert_array_equal(result[~finite], oracle[~finite], err_msg="non-finite values differ")
+    difference, norm = np.linalg.norm(result[finite] - oracle[finite]), np.linalg.norm(oracle[finite])
+    if norm <= 1e-9 * magnitude:
+        norm = magnitude
+    if difference == 0:
+        return 0.0
+    return float(difference / norm) if norm else float("inf")
+
+
+def allowed_error(plain: float, dtype, size: int) -> float:
+    dtype = np.dtype(dtype)
+    if size < FEW:
+        plain = max(plain, float(ml_dtypes.finfo(dtype).eps))
+    return 2 * plain + FLOOR.get(dtype.name, 1e-7)
+
+
+def assert_as_good_as_plain(result, oracle, plain, *, name: str, dtype, magnitude: float = 0.0) -> None:
+    """Raises AssertionError unless ``result`` is within the tolerance.
+
+    Args:
+      oracle: what it should be, float64.
+      plain: the same from plain attention in the result's precision.
+      dtype: dtype of the inputs; decides the floor.
+      magnitude: size of the terms of a sum that may cancel to zero.
+    """
+    error = relative_error(result, oracle, magnitude)
+    allowed = allowed_error(relative_error(plain, oracle, magnitude), dtype, np.size(oracle))
+    assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g} ({np.dtype(dtype).name})"
