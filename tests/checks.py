@@ -22,6 +22,10 @@ import jax_natten
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+# Compiling pure JAX takes most of the suite's time. These options make it four times as fast; the program and its
+# numerics stay, only LLVM's optimisation and XLA's loop fusion go. Meant for the long tables of cases.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -111,22 +115,27 @@ def fused(case: Case, implementation):
     return attention
 
 
-def run_fused(case: Case, implementation, operands, cotangents) -> dict[str, jax.Array]:
+def jit(function, implementation, quick: bool = True):
+    """``jax.jit``; by default with little effort to compile pure JAX on the CPU."""
+    quick = quick and implementation == "xla" and jax.default_backend() == "cpu"
+    return jax.jit(function, compiler_options=QUICK_COMPILE if quick else None)
+
+
+def run_fused(case: Case, implementation, operands, cotangents, quick: bool = True) -> dict[str, jax.Array]:
     """Results and gradients in one jitted call, named as by the oracle."""
 
-    @jax.jit
     def run(operands, cotangents):
         (out, lse), pullback = jax.vjp(fused(case, implementation), operands)
         (grads,) = pullback(cotangents)
         return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in grads.items()}
 
-    return run(operands, cotangents)
+    return jit(run, implementation, quick)(operands, cotangents)
 
 
-def check_fused(case: Case, implementation) -> None:
+def check_fused(case: Case, implementation, quick: bool = True) -> None:
     """Forward and every gradient of a fused case."""
     operands, cotangents, exact, plain, magnitudes = expected_fused(case)
-    results = run_fused(case, implementation, operands, cotangents)
+    results = run_fused(case, implementation, operands, cotangents, quick)
     assert results.keys() == exact.keys()
     for name, result in results.items():
         dtype = case.accumulation if name == "lse" else jnp.dtype(case.dtype)
@@ -171,14 +180,14 @@ def expected_unfused(case: Case):
     return operands, (attn, d_attn, d_out), exact, plain
 
 
-def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out) -> dict[str, jax.Array]:
+def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out, quick: bool = True) -> dict[str, jax.Array]:
+    """QK, AV and all their gradients in one jitted call."""
     window = case.problem.window
     rank = case.problem.rank
     qk, av = getattr(jax_natten, f"na{rank}d_qk"), getattr(jax_natten, f"na{rank}d_av")
     qk_names = [name for name in ("query", "key", "additional_keys", "rpb") if name in operands]
     av_names = [name for name in ("value", "additional_values") if name in operands]
 
-    @jax.jit
     def run(operands, attn, d_attn, d_out):
         def scores(x):
             x = dict(x)
@@ -195,13 +204,13 @@ def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out) -> di
         results["d_attn"], av_grads = pullback(d_out)
         return results | {f"d_{name}": g for name, g in (qk_grads | av_grads).items()}
 
-    return run(operands, attn, d_attn, d_out)
+    return jit(run, implementation, quick)(operands, attn, d_attn, d_out)
 
 
-def check_unfused(case: Case, implementation) -> None:
+def check_unfused(case: Case, implementation, quick: bool = True) -> None:
     """QK and AV forward and every gradient, causal slots included."""
     operands, cotangents, exact, plain = expected_unfused(case)
-    results = run_unfused(case, implementation, operands, *cotangents)
+    results = run_unfused(case, implementation, operands, *cotangents, quick=quick)
     assert results.keys() == exact.keys()
     for name, result in results.items():
         assert result.dtype == jnp.dtype(case.dtype), f"{name} is {result.dtype}"

@@ -267,7 +267,7 @@ BAD_LAYERS = [
     ({"kernel_size": (3, 3), "is_causal": True, "rel_pos_bias": True}, {}, ValueError, "rpb"),
     ({"kernel_size": (3, 3), "implementation": "fast"}, {}, ValueError, "implementation"),
     ({"kernel_size": (3, 3)}, {"mask": X2D}, NotImplementedError, "mask"),
-    ({"kernel_size": (3, 3)}, {"inputs_v": X2D}, ValueError, "inputs_k"),
+    ({"kernel_size": (3, 3)}, {"inputs_v": X2D}, ValueError, "none for key"),
     ({"kernel_size": (3, 3)}, {"inputs_k": X2D[:, :4]}, ValueError, "key"),
     ({"kernel_size": (3, 3), "fused_qkv": True}, {"inputs_k": X2D}, ValueError, "fused_qkv"),
     ({"kernel_size": (3, 3), "dropout_rate": 0.1}, {}, ValueError, "deterministic"),

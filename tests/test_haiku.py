@@ -115,7 +115,7 @@ X = np.ones((1, 5, 6, 8), np.float32)
         ({"kernel_size": (3, 3), "stride": 4}, (X,), ValueError, "stride"),
         ({"kernel_size": (3, 3), "num_kv_heads": 3}, (X,), ValueError, "num_kv_heads"),
         ({"kernel_size": (3, 3)}, (X, X, X, X), NotImplementedError, "mask"),
-        ({"kernel_size": (3, 3)}, (X, None, X), ValueError, "key"),
+        ({"kernel_size": (3, 3)}, (X, None, X), ValueError, "none for key"),
         ({"kernel_size": (3, 3), "fused_qkv": True}, (X, X), ValueError, "fused_qkv"),
         ({"kernel_size": (3, 3)}, (X[0, 0],), ValueError, "grid"),
     ],
