@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 EDITABLE = $(PIP) install --no-build-isolation --config-settings=build-dir=build/dev-{cache_tag} --editable
 NATIVE := CMakeLists.txt pyproject.toml $(shell find cpu cuda -type f)
-CLANG_FORMAT = find cpu cuda -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format
+CLANG_FORMAT = find cpu cuda tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format
 
 .PHONY: demo test lint build gpu-test bench format clean
 

@@ -60,8 +60,8 @@ def neighborhood_attention(
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]`` of any floating dtype, added to the scaled scores at
         index ``key - query + kernel_size - 1`` (in-group indices). Not with causal axes.
       return_lse: whether to return the log-sum-exp of the scores as well, see :func:`merge_attentions`.
-      implementation: None picks the best that applies on each platform; or a name ("naive", "cpu", "xla"), or a sequence
-        of names tried in order.
+      implementation: None picks the best that applies on each platform; or a name ("naive", "cpu", "xla"), or a
+        sequence of names tried in order.
 
     Returns:
       ``out`` ``[*batch, *X, Hq, Dv]`` in the dtype of ``query``; with ``return_lse`` also the natural logarithm of the
@@ -108,9 +108,19 @@ def neighborhood_attention(
     requested = dispatch.parse(implementation)
 
     operands = [checks.fold_batch(array, batch) for array in (query, key, value, additional_keys, additional_values)]
-    query, key, value, additional_keys, _ = operands
+    query, key, value, additional_keys, additional_values = operands
     dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
-    out, lse = fused.attention(*operands, bias, neighborhood=window, scale=scale, implementation=requested)
+    out, lse = fused.attention(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        bias,
+        neighborhood=window,
+        scale=scale,
+        implementation=requested,
+    )
     out = out.reshape(*batch, *out.shape[1:])
     return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
 

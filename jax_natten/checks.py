@@ -99,7 +99,8 @@ def scale(value, dim: int) -> float:
         return dim**-0.5
     if isinstance(value, jax.core.Tracer):
         raise TypeError("scale must be known at trace time; multiply the query by a learned or traced scale instead")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array) or np.ndim(value):
+    number = isinstance(value, numbers.Real | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not number or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"scale must be None or a number; got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite; got {value!r}")
@@ -134,5 +135,8 @@ def with_rank(rank: int, function: Function, name: str) -> Function:
         return function(*call.args, **call.kwargs)
 
     ranked.__name__ = ranked.__qualname__ = name
-    ranked.__doc__ = f"{rank}-D case of :func:`{function.__name__}`: the same arguments; an int ``kernel_size`` holds for every axis."
+    ranked.__doc__ = (
+        f"{rank}-D case of :func:`{function.__name__}`: the same arguments; an int ``kernel_size`` holds for every "
+        "axis."
+    )
     return ranked  # type: ignore[return-value]

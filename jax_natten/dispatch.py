@@ -98,7 +98,8 @@ def candidates(problem: Problem, platform: str, requested: tuple[str, ...] | Non
     able = tuple(name for name in names if reasons[name] is None)
     if not able:
         raise NotImplementedError(
-            f"no implementation among {names} takes this case on platform {platform!r}: {'; '.join(map(str, reasons.values()))}"
+            f"no implementation among {names} takes this case on platform {platform!r}: "
+            + "; ".join(map(str, reasons.values()))
         )
     if requested is None and platform in ("cpu", "cuda") and able == ("xla",):
         _warn_slow(platform)

@@ -29,7 +29,8 @@ class Neighborhood:
 
     Attributes:
       kernel_size: window size per axis, in keys.
-      stride: queries in one block of ``stride`` share a window; 1 is a sliding window, ``kernel_size`` blocked attention.
+      stride: queries in one block of ``stride`` share a window; 1 is a sliding window, ``kernel_size`` blocked
+        attention.
       dilation: distance between neighboring keys, in positions.
       is_causal: whether a query sees only keys at or before itself on that axis.
     """

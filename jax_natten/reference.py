@@ -1,8 +1,8 @@
 """The oracle: neighborhood attention written out from its definition, slow and memory hungry.
 
 Every score of every query-key pair is computed and pairs outside the window are masked, in the accumulation dtype of
-the inputs. Feed float64 inputs for an oracle; differentiate it with JAX as usual. Nothing in the library calls it: tests
-and benchmarks compare with it.
+the inputs. Feed float64 inputs for an oracle; differentiate it with JAX as usual. Nothing in the library calls it:
+tests and benchmarks compare with it.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def neighborhood_qk(
     requested = dispatch.parse(implementation)
     extra = additional_keys.shape[-3]
     dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
-    operands = [checks.fold_batch(array, batch) for array in (query, key, additional_keys)]
-    weights = unfused.pn(*operands, bias, neighborhood=window, fill_negative_infinity=True, implementation=requested)
+    operands = [*(checks.fold_batch(array, batch) for array in (query, key, additional_keys)), bias]
+    weights = unfused.pn(*operands, neighborhood=window, fill_negative_infinity=True, implementation=requested)
     return weights.reshape(*batch, *weights.shape[1:])
 
 
@@ -116,8 +116,8 @@ def neighborhood_av(
     extra = additional_values.shape[-3]
     if attn.shape[-1] != window.window_size + extra:
         raise ValueError(
-            f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; got "
-            f"shape {attn.shape}"
+            f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; "
+            f"got shape {attn.shape}"
         )
     requested = dispatch.parse(implementation)
     dispatch.check(unfused.problem("nn", attn.dtype, heads, kv_heads, dim, extra, False, window), requested)

@@ -105,7 +105,7 @@ def attention_fn(
         query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
         output_shape = query.shape[:-1] + value.shape[-1:]
         if shape is not None:
-            query, key, value = (_unflatten(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+            query, key, value = (_unflatten(n, x, shape) for n, x in (("query", query), ("key", key), ("value", value)))
         out = layers.attention(
             query,
             key,
@@ -120,12 +120,13 @@ def attention_fn(
         )
         return out.reshape(output_shape)
 
-    def _unflatten(name: str, x: jax.Array) -> jax.Array:
-        if x.shape[-3] != math.prod(shape):
-            raise ValueError(f"{name} must have length {math.prod(shape)} = prod(grid {shape}); got shape {x.shape}")
-        return x.reshape(x.shape[:-3] + shape + x.shape[-2:])
-
     return neighborhood_attention_fn
+
+
+def _unflatten(name: str, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    if x.shape[-3] != math.prod(grid):
+        raise ValueError(f"{name} must have length {math.prod(grid)} = prod(grid {grid}); got shape {x.shape}")
+    return x.reshape(x.shape[:-3] + grid + x.shape[-2:])
 
 
 def _sow(module: Any, weights: jax.Array) -> None:

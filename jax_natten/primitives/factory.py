@@ -1,13 +1,13 @@
 """Builds a JAX primitive with all of its rules but the derivatives.
 
-Every operation becomes two primitives. The *outer* one is what JAX transforms: it carries abstract evaluation, batching,
-sharding and (added by the caller) derivatives. The *inner* one is the call on one device: it carries the choice of the
-implementation and the custom call. Between them stands ``custom_partitioning``, which has neither a batching nor a
-differentiation rule and so cannot be the outer one.
+Every operation becomes two primitives. The *outer* one is what JAX transforms: it carries abstract evaluation,
+batching, sharding and (added by the caller) derivatives. The *inner* one is the call on one device: it carries the
+choice of the implementation and the custom call. Between them stands ``custom_partitioning``, which has neither a
+batching nor a differentiation rule and so cannot be the outer one.
 
-Axes are named by roles, one letter each: ``b`` batch, ``X`` all grid axes, ``h`` query heads, ``k`` key and value heads,
-``g`` batches of the bias; every other letter is an axis that no sharding can split. The leading axis of every operand
-and result is a batch, which makes one batching rule do for all of them: fold the mapped axis into it.
+Axes are named by roles, one letter each: ``b`` batch, ``X`` all grid axes, ``h`` query heads, ``k`` key and value
+heads, ``g`` batches of the bias; every other letter is an axis that no sharding can split. The leading axis of every
+operand and result is a batch, which makes one batching rule do for all of them: fold the mapped axis into it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _inner(operation: Operation) -> Primitive:
         return mlir.lower_fun(operation.xla, multiple_results=True)(ctx, *operands, **params)
 
     def lower(ctx, *operands, platform, implementation, **params):
+        assert operation.native is not None  # registered only then, see below
         call = operation.native(*ctx.avals_in, **params)
         names = dispatch.candidates(call.problem, platform, implementation)
         if names[0] == "xla":

@@ -5,8 +5,8 @@ them, and its transpose is ``backward``. Written so, instead of with ``jax.custo
 work, and ``jax.grad`` still costs one forward and one backward call. Derivatives of ``backward`` and of ``tangent``
 (second order) go through the XLA implementation, which JAX differentiates.
 
-Operands common to all: query, key, value, additional_keys, additional_values, bias (layouts in cuda/common/params.h). What
-is absent has an axis of length zero: no additional keys, or a bias without heads.
+Operands common to all: query, key, value, additional_keys, additional_values, bias (layouts in cuda/common/params.h).
+What is absent has an axis of length zero: no additional keys, or a bias without heads.
 """
 
 from __future__ import annotations
