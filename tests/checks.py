@@ -24,7 +24,11 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Compiling pure JAX takes most of the suite's time. These options make it four times as fast; the program and its
 # numerics stay, only LLVM's optimisation and XLA's loop fusion go. Meant for the long tables of cases.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+if jax.__version_info__ < (0, 11):
+    _UNFUSED = {"xla_cpu_use_fusion_emitters": False}
+else:
+    _UNFUSED = {"xla_disable_hlo_passes": "fusion,fusion-wrapper"}
+QUICK_COMPILE = {"xla_backend_optimization_level": 0} | _UNFUSED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +125,19 @@ def jit(function, implementation, quick: bool = True):
     return jax.jit(function, compiler_options=QUICK_COMPILE if quick else None)
 
 
-def run_fused(case: Case, implementation, operands, cotangents, quick: bool = True) -> dict[str, jax.Array]:
-    """Results and gradients in one jitted call, named as by the oracle."""
+def jitted_fused(case: Case, implementation, quick: bool = True):
+    """``(operands, cotangents) -> results``: out, lse and the gradients, named as by the oracle."""
 
     def run(operands, cotangents):
         (out, lse), pullback = jax.vjp(fused(case, implementation), operands)
         (grads,) = pullback(cotangents)
         return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in grads.items()}
 
-    return jit(run, implementation, quick)(operands, cotangents)
+    return jit(run, implementation, quick)
+
+
+def run_fused(case: Case, implementation, operands, cotangents, quick: bool = True) -> dict[str, jax.Array]:
+    return jitted_fused(case, implementation, quick)(operands, cotangents)
 
 
 def check_fused(case: Case, implementation, quick: bool = True) -> None:
@@ -180,13 +188,14 @@ def expected_unfused(case: Case):
     return operands, (attn, d_attn, d_out), exact, plain
 
 
-def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out, quick: bool = True) -> dict[str, jax.Array]:
-    """QK, AV and all their gradients in one jitted call."""
+def jitted_unfused(case: Case, implementation, quick: bool = True):
+    """``(operands, attn, d_attn, d_out) -> results``: QK, AV and all their gradients."""
     window = case.problem.window
     rank = case.problem.rank
     qk, av = getattr(jax_natten, f"na{rank}d_qk"), getattr(jax_natten, f"na{rank}d_av")
-    qk_names = [name for name in ("query", "key", "additional_keys", "rpb") if name in operands]
-    av_names = [name for name in ("value", "additional_values") if name in operands]
+    names = operand_shapes(case).keys()
+    qk_names = [name for name in ("query", "key", "additional_keys", "rpb") if name in names]
+    av_names = [name for name in ("value", "additional_values") if name in names]
 
     def run(operands, attn, d_attn, d_out):
         def scores(x):
@@ -204,7 +213,11 @@ def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out, quick
         results["d_attn"], av_grads = pullback(d_out)
         return results | {f"d_{name}": g for name, g in (qk_grads | av_grads).items()}
 
-    return jit(run, implementation, quick)(operands, attn, d_attn, d_out)
+    return jit(run, implementation, quick)
+
+
+def run_unfused(case: Case, implementation, operands, attn, d_attn, d_out, quick: bool = True) -> dict[str, jax.Array]:
+    return jitted_unfused(case, implementation, quick)(operands, attn, d_attn, d_out)
 
 
 def check_unfused(case: Case, implementation, quick: bool = True) -> None:

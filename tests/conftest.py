@@ -1,4 +1,4 @@
-"""Settings that must precede the import of JAX, the seed of all random inputs, and the ``gpu`` marker."""
+"""Settings that must precede the import of JAX, the seed of all random inputs, and the visible skip of ``gpu`` tests."""
 
 from __future__ import annotations
 
@@ -23,12 +23,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("suite")
-
-
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "gpu: needs a CUDA device and the CUDA extension; skipped, visibly, without them"
-    )
 
 
 def pytest_report_header(config):

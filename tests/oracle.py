@@ -112,8 +112,8 @@ def attention(operands: dict, window: dict, scale: float, d_out=None, d_lse=None
     """Fused attention, and its gradients if cotangents are given.
 
     Args:
-      operands: ``query``, ``key``, ``value`` and, if used, ``additional_keys``, ``additional_values``, ``rpb``; one batch
-        axis.
+      operands: ``query``, ``key``, ``value`` and, if used, ``additional_keys``, ``additional_values``, ``rpb``; with
+        one batch axis.
       window: ``Problem.window``.
 
     Returns:

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import EDGE_CASES, HARD_CASES, with_dtypes
-from checks import Case, check_unfused, draw, fused, generator, jit, run_unfused
+from checks import Case, check_unfused, draw, fused, generator, jit, jitted_unfused, run_unfused
 from problems import problem
 from tolerance import relative_error
 
@@ -76,9 +76,10 @@ def test_what_causal_slots_past_the_query_hold_does_not_matter(junk, implementat
     case = Case(CAUSAL, additional=2)
     operands, (attn, d_attn, d_out) = draw(case)[0], _cotangents(case)
     valid = _causal_slots(CAUSAL, 2)
-    clean = run_unfused(case, implementation, operands, attn, d_attn, d_out)
+    run = jitted_unfused(case, implementation)
+    clean = run(operands, attn, d_attn, d_out)
     filled = [np.where(valid, x, junk).astype(x.dtype) for x in (attn, d_attn)]
-    dirty = run_unfused(case, implementation, operands, *filled, d_out)
+    dirty = run(operands, *filled, d_out)
     for name in clean:
         np.testing.assert_array_equal(dirty[name], clean[name], err_msg=name)
 

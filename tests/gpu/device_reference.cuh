@@ -1,0 +1,152 @@
+// Inputs, a plain reference and comparison, all on the GPU, for the driver. Nothing here shares code with the kernels
+// but the window formulas.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#include "../../cuda/common/params.h"
+
+#define CHECK_CUDA(call)                                                          \
+  do {                                                                            \
+    const cudaError_t error_ = (call);                                            \
+    if (error_ != cudaSuccess) {                                                  \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error_)); \
+      std::exit(1);                                                               \
+    }                                                                             \
+  } while (0)
+
+namespace jax_natten::driver {
+
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
+__device__ inline void from_float(float x, __half& y) { y = __float2half(x); }
+
+__device__ inline uint32_t hash(uint64_t x) {
+  x ^= x >> 33;
+  x *= 0xff51afd7ed558ccdull;
+  x ^= x >> 33;
+  x *= 0xc4ceb9fe1a85ec53ull;
+  return uint32_t(x ^ x >> 33);
+}
+
+// Normally distributed.
+template <typename T>
+__global__ void fill_normal(T* out, int64_t count, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    const uint64_t key = seed * 0x9e3779b97f4a7c15ull + 2 * i;
+    const float u = (hash(key) + 1.f) * (1.f / 4294967808.f), v = hash(key + 1) * (1.f / 4294967296.f);
+    from_float(sqrtf(-2.f * logf(u)) * cosf(6.2831853f * v), out[i]);
+  }
+}
+
+// One warp per query and head: lanes over keys for the scores, over channels for the output.
+template <typename T>
+__global__ void reference_forward(FusedForwardParams p, float* out, float* lse) {
+  const int64_t pair = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
+  const Axis* axes = p.neighborhood.axes;
+  if (pair >= p.batch * p.neighborhood.positions() * p.heads) return;
+  const int lane = threadIdx.x % 32, head = pair % p.heads, dim = p.dim;
+  int64_t rest = pair / p.heads;
+  int phase[kMaxRank];
+  Interval keys[kMaxRank];
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    const int x = rest % axes[a].length;
+    rest /= axes[a].length;
+    phase[a] = x % axes[a].dilation;
+    keys[a] = window_of_query(axes[a], x / axes[a].dilation, group_length(axes[a], phase[a]));
+  }
+  const int n1 = keys[1].end - keys[1].begin, n2 = keys[2].end - keys[2].begin;
+  const int64_t count = int64_t(keys[0].end - keys[0].begin) * n1 * n2;
+  const T* query = static_cast<const T*>(p.query) + pair * dim;
+  float maximum = -INFINITY, sum = 0, accumulator[8] = {};
+  for (int64_t base = 0; base < count; base += 32) {
+    const int64_t n = base + lane;
+    float score = -INFINITY;
+    int64_t offset = 0;
+    if (n < count) {
+      const int in_group[kMaxRank] = {int(keys[0].begin + n / (n1 * n2)), int(keys[1].begin + n / n2 % n1),
+                                      int(keys[2].begin + n % n2)};
+      offset = rest;
+      for (int a = 0; a < kMaxRank; ++a) offset = offset * axes[a].length + in_group[a] * axes[a].dilation + phase[a];
+      offset = (offset * p.kv_heads + head / p.group()) * dim;
+      float dot = 0;
+      for (int c = 0; c < dim; ++c) dot += to_float(query[c]) * to_float(static_cast<const T*>(p.key)[offset + c]);
+      score = dot * float(p.scale);
+    }
+    float raised = fmaxf(maximum, score);
+    for (int w = 16; w; w /= 2) raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, w));
+    const float correction = expf(maximum - raised), weight = n < count ? expf(score - raised) : 0.f;
+    float weights = weight;
+    for (int w = 16; w; w /= 2) weights += __shfl_xor_sync(~0u, weights, w);
+    sum = sum * correction + weights;
+    for (float& a : accumulator) a *= correction;
+    maximum = raised;
+    for (int j = 0; j < 32 && base + j < count; ++j) {
+      const float w = __shfl_sync(~0u, weight, j);
+      const int64_t at = __shfl_sync(~0u, offset, j);
+      for (int i = 0; i < 8; ++i) {
+        if (lane + 32 * i < dim) accumulator[i] += w * to_float(static_cast<const T*>(p.value)[at + lane + 32 * i]);
+      }
+    }
+  }
+  for (int i = 0; i < 8; ++i) {
+    if (lane + 32 * i < dim) out[pair * dim + lane + 32 * i] = accumulator[i] / sum;
+  }
+  if (lane == 0) lse[pair] = maximum + logf(sum);
+}
+
+struct Difference {
+  double squares, reference_squares;
+  float lse;  // largest absolute difference
+  int bad;    // values that are not numbers
+};
+
+template <typename T>
+__global__ void compare(const T* out, const float* reference, int64_t count, const float* lse,
+                        const float* lse_reference, int64_t rows, Difference* difference) {
+  double squares = 0, reference_squares = 0;
+  float worst = 0;
+  int bad = 0;
+  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = first; i < count; i += step) {
+    const float x = to_float(out[i]), d = x - reference[i];
+    bad += !(fabsf(x) < INFINITY);
+    squares += double(d) * d;
+    reference_squares += double(reference[i]) * reference[i];
+  }
+  for (int64_t i = first; i < rows; i += step) {
+    const float d = fabsf(lse[i] - lse_reference[i]);
+    bad += !(d < INFINITY);
+    worst = fmaxf(worst, d);
+  }
+  atomicAdd(&difference->squares, squares);
+  atomicAdd(&difference->reference_squares, reference_squares);
+  atomicMax(reinterpret_cast<int*>(&difference->lse), __float_as_int(worst));
+  if (bad) atomicAdd(&difference->bad, bad);
+}
+
+__global__ inline void count_different_words(const uint32_t* a, const uint32_t* b, int64_t count, int* different) {
+  int n = 0;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    n += a[i] != b[i];
+  }
+  if (n) atomicAdd(different, n);
+}
+
+__global__ inline void count_other_bytes(const uint8_t* a, int64_t count, uint8_t expected, int* other) {
+  int n = 0;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+    n += a[i] != expected;
+  }
+  if (n) atomicAdd(other, n);
+}
+
+}  // namespace jax_natten::driver

@@ -1,0 +1,109 @@
+// Named problems for the GPU driver: those of the benchmark table and the hard windows that once broke kernels.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../../cuda/common/params.h"
+#include "../../cuda/sm90/wide_launch.h"
+
+namespace jax_natten::driver {
+
+struct Problem {
+  std::string name;
+  FusedShape shape;
+};
+
+// Axes in the problem's own order; they are padded in front to three.
+inline Problem make_problem(std::string name, DType dtype, int64_t batch, int heads, int kv_heads, int dim,
+                            std::vector<int> grid, std::vector<int> window, std::vector<int> stride,
+                            std::vector<int> dilation, unsigned causal = 0) {
+  Problem problem;
+  problem.name = std::move(name);
+  FusedShape& shape = problem.shape;
+  shape.dtype = dtype;
+  shape.batch = batch;
+  shape.heads = heads;
+  shape.kv_heads = kv_heads;
+  shape.dim = shape.value_dim = dim;
+  shape.neighborhood.rank = int(grid.size());
+  for (size_t a = 0; a < grid.size(); ++a) {
+    shape.neighborhood.axes[kMaxRank - grid.size() + a] =
+        Axis{grid[a], window[a], stride[a], dilation[a], (causal >> a & 1) != 0};
+  }
+  double root = 1;
+  while (root * root < dim) root += 1e-3;
+  shape.scale = 1 / root;
+  return problem;
+}
+
+inline std::vector<Problem> bench_problems() {
+  constexpr DType t = DType::kBFloat16;
+  return {
+      make_problem("flux_s1", t, 1, 24, 24, 128, {256, 256}, {80, 80}, {1, 1}, {1, 1}),
+      make_problem("flux_s16", t, 1, 24, 24, 128, {256, 256}, {80, 80}, {16, 16}, {1, 1}),
+      make_problem("hunyuan_s1", t, 1, 24, 24, 128, {30, 48, 80}, {18, 24, 24}, {1, 1, 1}, {1, 1, 1}),
+      make_problem("hunyuan_s16_8_8", t, 1, 24, 24, 128, {30, 48, 80}, {18, 24, 24}, {16, 8, 8}, {1, 1, 1}),
+      make_problem("cosmos_s1", t, 1, 32, 32, 128, {16, 44, 80}, {16, 24, 16}, {1, 1, 1}, {1, 1, 1}),
+      make_problem("cosmos_s1_8_16", t, 1, 32, 32, 128, {16, 44, 80}, {16, 24, 16}, {1, 8, 16}, {1, 1, 1}),
+      make_problem("cosmos_w16_32_48", t, 1, 32, 32, 128, {16, 44, 80}, {16, 32, 48}, {1, 1, 1}, {1, 1, 1}),
+      make_problem("cosmos2_s1_4_8", t, 1, 16, 16, 128, {16, 44, 80}, {16, 12, 24}, {1, 4, 8}, {1, 1, 1}),
+      make_problem("seq32k_w2048", t, 1, 16, 16, 128, {32768}, {2048}, {1}, {1}),
+      make_problem("seq32k_w2048_s256", t, 1, 16, 16, 128, {32768}, {2048}, {256}, {1}),
+      make_problem("seq32k_w2048_causal", t, 1, 16, 16, 128, {32768}, {2048}, {1}, {1}, 1),
+      make_problem("seq32k_gqa8", t, 1, 32, 4, 128, {32768}, {2048}, {1}, {1}, 1),
+      make_problem("dense16k_d128", t, 1, 16, 16, 128, {16384}, {16384}, {1}, {1}),
+      make_problem("dense16k_d64", t, 1, 32, 32, 64, {16384}, {16384}, {1}, {1}),
+      make_problem("nat_56", t, 128, 2, 2, 32, {56, 56}, {7, 7}, {1, 1}, {1, 1}),
+      make_problem("nat_28", t, 128, 4, 4, 32, {28, 28}, {7, 7}, {1, 1}, {1, 1}),
+      make_problem("nat_14", t, 128, 8, 8, 32, {14, 14}, {7, 7}, {1, 1}, {1, 1}),
+      make_problem("nat_7", t, 128, 16, 16, 32, {7, 7}, {7, 7}, {1, 1}, {1, 1}),
+      make_problem("dinat_56_d8", t, 128, 2, 2, 32, {56, 56}, {7, 7}, {1, 1}, {8, 8}),
+      make_problem("dinat_28_d4", t, 128, 4, 4, 32, {28, 28}, {7, 7}, {1, 1}, {4, 4}),
+      make_problem("hdit_64_k13", t, 32, 8, 8, 64, {64, 64}, {13, 13}, {1, 1}, {1, 1}),
+      make_problem("hdit_64_k13_d4", t, 32, 8, 8, 64, {64, 64}, {13, 13}, {1, 1}, {4, 4}),
+      make_problem("seq4k_w127", t, 8, 16, 16, 64, {4096}, {127}, {1}, {1}),
+      make_problem("weather", t, 1, 6, 6, 32, {14, 90, 180}, {5, 7, 7}, {1, 1, 1}, {1, 1, 1}),
+      make_problem("vae_k3_7_7", t, 1, 16, 16, 64, {21, 34, 60}, {3, 7, 7}, {1, 1, 1}, {1, 1, 1}),
+  };
+}
+
+inline std::vector<Problem> hard_problems(DType t, unsigned causal) {
+  const std::string suffix = t == DType::kFloat16 ? "_f16" : "_bf16";
+  std::vector<Problem> problems;
+  const auto add = [&](const char* name, int64_t b, int hq, int hkv, int d, std::vector<int> x, std::vector<int> k,
+                       std::vector<int> s, std::vector<int> dilation) {
+    if (causal >> x.size()) return;
+    problems.push_back(
+        make_problem(name + suffix + "_c" + std::to_string(causal), t, b, hq, hkv, d, x, k, s, dilation, causal));
+  };
+  add("h1d_a", 4, 3, 1, 128, {256}, {255}, {82}, {1});
+  add("h1d_b", 2, 4, 2, 128, {128}, {63}, {31}, {1});
+  add("h1d_c", 1, 1, 1, 32, {128}, {3}, {2}, {10});
+  add("h1d_d", 1, 1, 1, 64, {128}, {8}, {7}, {5});
+  add("h1d_e", 1, 1, 1, 32, {17}, {12}, {1}, {1});
+  add("h1d_f", 1, 1, 1, 128, {256}, {128}, {127}, {1});
+  add("h1d_g", 1, 2, 2, 64, {125}, {15}, {1}, {1});
+  add("h1d_h", 1, 1, 1, 24, {7}, {1}, {1}, {7});
+  add("h1d_i", 2, 2, 1, 40, {33}, {33}, {33}, {1});
+  add("h2d_a", 1, 4, 1, 32, {5, 25}, {5, 16}, {1, 16}, {1, 1});
+  add("h2d_b", 1, 1, 1, 32, {84, 19}, {7, 3}, {1, 1}, {5, 1});
+  add("h2d_c", 1, 1, 1, 128, {19, 29}, {8, 8}, {1, 1}, {2, 3});
+  add("h2d_d", 1, 1, 1, 128, {48, 17}, {24, 16}, {1, 1}, {2, 1});
+  add("h2d_e", 1, 1, 1, 128, {67, 80}, {12, 7}, {8, 4}, {5, 11});
+  add("h2d_f", 1, 1, 1, 128, {44, 80}, {24, 16}, {8, 16}, {1, 1});
+  add("h2d_g", 1, 1, 1, 64, {36, 40}, {36, 40}, {12, 13}, {1, 1});
+  add("h2d_h", 1, 12, 4, 64, {17, 16}, {3, 8}, {1, 2}, {1, 1});
+  add("h2d_i", 2, 4, 4, 56, {32, 32}, {31, 31}, {1, 1}, {1, 1});
+  add("h2d_j", 1, 2, 2, 88, {28, 46}, {11, 13}, {1, 1}, {1, 1});
+  add("h3d_a", 1, 4, 1, 32, {8, 8, 16}, {3, 3, 3}, {2, 1, 2}, {2, 2, 4});
+  add("h3d_b", 1, 1, 1, 64, {18, 37, 12}, {14, 16, 12}, {12, 8, 1}, {1, 2, 1});
+  add("h3d_c", 1, 1, 1, 64, {13, 11, 9}, {3, 4, 3}, {2, 3, 3}, {3, 2, 2});
+  add("h3d_d", 2, 3, 3, 64, {57, 20, 88}, {19, 4, 6}, {13, 1, 6}, {2, 2, 7});
+  add("h3d_e", 1, 1, 1, 64, {30, 48, 18}, {3, 2, 8}, {1, 1, 1}, {8, 18, 2});
+  add("h3d_f", 1, 1, 1, 64, {8, 4, 8}, {7, 3, 7}, {1, 1, 1}, {1, 1, 1});
+  add("h3d_g", 1, 2, 1, 64, {68, 64, 8}, {14, 32, 2}, {3, 4, 1}, {1, 2, 3});
+  return problems;
+}
+
+}  // namespace jax_natten::driver
