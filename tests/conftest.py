@@ -1,4 +1,4 @@
-"""Settings that must precede the import of JAX, the seed of all random inputs, and the visible skip of ``gpu`` tests."""
+"""Settings that must precede the import of JAX, the seed of all random inputs, the visible skip of ``gpu`` tests."""
 
 from __future__ import annotations
 
