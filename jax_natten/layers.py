@@ -106,10 +106,10 @@ def key_value_inputs(
       ValueError: values without keys, or either of them for a fused projection, which has one source.
     """
     if fused_qkv and (inputs_k is not None or inputs_v is not None):
-        raise ValueError("fused_qkv projects query, key and value from inputs_q alone; got inputs_k or inputs_v")
+        raise ValueError("fused_qkv projects query, key and value from one input; got another input for key or value")
     if inputs_k is None:
         if inputs_v is not None:
-            raise ValueError("inputs_v needs inputs_k; to use one source for both give it as inputs_k")
+            raise ValueError("got an input for value but none for key; to use one input for both, give it as the key's")
         inputs_k = inputs_q
     return inputs_k, inputs_k if inputs_v is None else inputs_v
 
