@@ -47,10 +47,11 @@ __global__ void fill_normal(T* out, int64_t count, uint64_t seed) {
   }
 }
 
-// One warp per query and head: lanes over keys for the scores, over channels for the output.
+// Every `step`-th pair of a query and a head. One warp per pair: lanes over keys for the scores, over channels for the
+// output.
 template <typename T>
-__global__ void reference_forward(FusedForwardParams p, float* out, float* lse) {
-  const int64_t pair = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
+__global__ void reference_forward(FusedForwardParams p, int64_t step, float* out, float* lse) {
+  const int64_t sample = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32, pair = sample * step;
   const Axis* axes = p.neighborhood.axes;
   if (pair >= p.batch * p.neighborhood.positions() * p.heads) return;
   const int lane = threadIdx.x % 32, head = pair % p.heads, dim = p.dim;
@@ -98,9 +99,9 @@ __global__ void reference_forward(FusedForwardParams p, float* out, float* lse) 
     }
   }
   for (int i = 0; i < 8; ++i) {
-    if (lane + 32 * i < dim) out[pair * dim + lane + 32 * i] = accumulator[i] / sum;
+    if (lane + 32 * i < dim) out[sample * dim + lane + 32 * i] = accumulator[i] / sum;
   }
-  if (lane == 0) lse[pair] = maximum + logf(sum);
+  if (lane == 0) lse[sample] = maximum + logf(sum);
 }
 
 struct Difference {
@@ -110,20 +111,20 @@ struct Difference {
 };
 
 template <typename T>
-__global__ void compare(const T* out, const float* reference, int64_t count, const float* lse,
-                        const float* lse_reference, int64_t rows, Difference* difference) {
+__global__ void compare(const T* out, const float* reference, const float* lse, const float* lse_reference,
+                        int64_t samples, int64_t step, int dim, Difference* difference) {
   double squares = 0, reference_squares = 0;
   float worst = 0;
   int bad = 0;
-  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t i = first; i < count; i += step) {
-    const float x = to_float(out[i]), d = x - reference[i];
+  const int64_t first = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = first; i < samples * dim; i += threads) {
+    const float x = to_float(out[i / dim * step * dim + i % dim]), d = x - reference[i];
     bad += !(fabsf(x) < INFINITY);
     squares += double(d) * d;
     reference_squares += double(reference[i]) * reference[i];
   }
-  for (int64_t i = first; i < rows; i += step) {
-    const float d = fabsf(lse[i] - lse_reference[i]);
+  for (int64_t i = first; i < samples; i += threads) {
+    const float d = fabsf(lse[i * step] - lse_reference[i]);
     bad += !(d < INFINITY);
     worst = fmaxf(worst, d);
   }
@@ -133,7 +134,7 @@ __global__ void compare(const T* out, const float* reference, int64_t count, con
   if (bad) atomicAdd(&difference->bad, bad);
 }
 
-__global__ inline void count_different_words(const uint32_t* a, const uint32_t* b, int64_t count, int* different) {
+static __global__ void count_different_words(const uint32_t* a, const uint32_t* b, int64_t count, int* different) {
   int n = 0;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
     n += a[i] != b[i];
@@ -141,7 +142,7 @@ __global__ inline void count_different_words(const uint32_t* a, const uint32_t* 
   if (n) atomicAdd(different, n);
 }
 
-__global__ inline void count_other_bytes(const uint8_t* a, int64_t count, uint8_t expected, int* other) {
+static __global__ void count_other_bytes(const uint8_t* a, int64_t count, uint8_t expected, int* other) {
   int n = 0;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
     n += a[i] != expected;

@@ -18,8 +18,9 @@ struct ProbeArguments {
 
 __global__ void copy_box(const __grid_constant__ ProbeArguments arguments, uint8_t* loaded) {
   extern __shared__ __align__(1024) uint8_t box[];
-  __shared__ uint64_t barrier;
+  uint64_t& barrier = *reinterpret_cast<uint64_t*>(box + 32768);
   if (threadIdx.x == 0) {
+    if (ptx::shared_address(box) % 1024) printf("dynamic shared memory is not aligned\n");
     ptx::barrier_init(&barrier, 1);
     ptx::barrier_init_fence();
     const int* x = arguments.x;
@@ -92,7 +93,7 @@ inline int run_probe() {
     arguments.channel = c.dim > 64 ? 64 : 0;
     arguments.rows = c.box[0] * c.box[1] * c.box[2];
     arguments.row_bytes = 2 * chunk;
-    copy_box<<<1, 128, 32768>>>(arguments, loaded);
+    copy_box<<<1, 128, 32768 + 64>>>(arguments, loaded);
     const cudaError_t ran = cudaDeviceSynchronize();
     int wrong = 0;
     std::vector<uint8_t> bytes(arguments.rows * arguments.row_bytes);
