@@ -13,7 +13,15 @@
 #if defined(__CUDACC__)
 #define JAX_NATTEN_HD __host__ __device__ __forceinline__
 #else
-#define JAX_NATTEN_HD inline
+// Always: a CPU kernel compiled for one instruction set must not end up calling a copy compiled for another.
+#define JAX_NATTEN_HD inline __attribute__((always_inline))
+#endif
+
+// Before a loop over a compile-time number of registers or axes.
+#if defined(__CUDA_ARCH__)
+#define JAX_NATTEN_UNROLL _Pragma("unroll")
+#else
+#define JAX_NATTEN_UNROLL
 #endif
 
 namespace jax_natten {
@@ -42,9 +50,8 @@ JAX_NATTEN_HD int group_length(const Axis& axis, int group) {
   return (axis.length - group + axis.dilation - 1) / axis.dilation;
 }
 
-// Keys seen by the query at in-group index i of a group with `length` positions. Never empty; holds i itself.
-JAX_NATTEN_HD Interval window_of_query(const Axis& axis, int i, int length) {
-  const int block = i / axis.stride * axis.stride;
+// The window of the query at in-group index i, whose stride block begins at `block`, in a group of `length` positions.
+JAX_NATTEN_HD Interval window_of_block(const Axis& axis, int block, int i, int length) {
   if (axis.causal) {
     const int leader = imin(block + axis.stride - 1, length - 1);
     return {imax(leader - axis.window + 1, 0), i + 1};
@@ -52,6 +59,11 @@ JAX_NATTEN_HD Interval window_of_query(const Axis& axis, int i, int length) {
   const int leader = imin(block + axis.stride / 2, length - 1);
   const int begin = imin(imax(leader - axis.window / 2, 0), length - axis.window);
   return {begin, begin + axis.window};
+}
+
+// Keys seen by the query at in-group index i of a group with `length` positions. Never empty; holds i itself.
+JAX_NATTEN_HD Interval window_of_query(const Axis& axis, int i, int length) {
+  return window_of_block(axis, i / axis.stride * axis.stride, i, length);
 }
 
 // Queries that see the key at in-group index j: the inverse window, one interval. Never empty.
@@ -74,12 +86,8 @@ struct Neighborhood {
   int rank = 1;
   Axis axes[kMaxRank];
 
-  JAX_NATTEN_HD int64_t positions() const {
-    return int64_t(axes[0].length) * axes[1].length * axes[2].length;
-  }
-  JAX_NATTEN_HD int64_t window_size() const {
-    return int64_t(axes[0].window) * axes[1].window * axes[2].window;
-  }
+  JAX_NATTEN_HD int64_t positions() const { return int64_t(axes[0].length) * axes[1].length * axes[2].length; }
+  JAX_NATTEN_HD int64_t window_size() const { return int64_t(axes[0].window) * axes[1].window * axes[2].window; }
   // Entries of one head's relative position bias table, prod(2 K - 1).
   JAX_NATTEN_HD int64_t bias_size() const {
     return int64_t(2 * axes[0].window - 1) * (2 * axes[1].window - 1) * (2 * axes[2].window - 1);

@@ -1,9 +1,10 @@
 // Proves and times the sm_90 forward kernels on a GPU, without JAX.
 //
 //   sm90_driver --probe                    hardware behaviour that the kernels rely on
-//   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones with random tile shapes
+//   sm90_driver --correctness [N [SEED [heads]]]   the hard problems, then N random ones, with random tile shapes
 //   sm90_driver --bench [NAME..]           the benchmark table
-//   sm90_driver --plan NAME q0,q1,q2 p0,p1,p2 k0,k1,k2 [early] [layout] [check]     one problem under one plan
+//   sm90_driver --plan NAME q0,q1,q2 p0,p1,p2 k0,k1,k2 [late] [heads] [check]     one problem under one plan
+// "heads" uses the tensor maps that fold heads into channels, where they apply.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -330,21 +331,24 @@ bool check_problem(const Problem& problem, const WidePlan& plan) {
   return good;
 }
 
-int run_correctness(int count, unsigned seed) {
+int run_correctness(int count, unsigned seed, TensorMapLayout layout) {
   std::mt19937 random(seed);
   int wrong = 0, total = 0;
+  const auto check = [&](const Problem& problem) {
+    WidePlan plan = random_plan(random, problem.shape);
+    plan.layout = layout;
+    wrong += !check_problem(problem, plan);
+    ++total;
+  };
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (unsigned causal = 0; causal < 8; ++causal) {
       for (const Problem& problem : hard_problems(dtype, causal)) {
-        wrong += !check_problem(problem, random_plan(random, problem.shape));
-        ++total;
+        check(problem);
       }
     }
   }
   for (int i = 0; i < count; ++i) {
-    const Problem problem = random_problem(random, i);
-    wrong += !check_problem(problem, random_plan(random, problem.shape));
-    ++total;
+    check(random_problem(random, i));
   }
   std::printf("%d of %d problems wrong\n", wrong, total);
   return wrong != 0;
@@ -365,7 +369,8 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--probe") return run_probe();
   if (mode == "--correctness") {
-    return run_correctness(argc > 2 ? std::atoi(argv[2]) : 200, argc > 3 ? std::atoi(argv[3]) : 0);
+    return run_correctness(argc > 2 ? std::atoi(argv[2]) : 200, argc > 3 ? std::atoi(argv[3]) : 0,
+                           argc > 4 ? TensorMapLayout::kHeadsInChannels : TensorMapLayout::kSlabs);
   }
   if (mode == "--bench") {
     run_bench({argv + 2, argv + argc});

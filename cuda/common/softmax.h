@@ -1,0 +1,114 @@
+// The online softmax on accumulator fragments. A thread holds two rows, i = 0 and 1; element 4 j + 2 i + b of a
+// fragment is column 8 j + 2 (lane % 4) + b of row i; the four lanes of a quad share their rows.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx.h"
+
+namespace jax_natten {
+
+// Scores that `word` (of key_mask_word) does not name become -inf.
+template <int kCount>
+__device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_t word) {
+#pragma unroll
+  for (int bit = 0; bit < kCount / 2; ++bit) {
+    float& score = scores[bit / 2 * 4 + 2 * i + bit % 2];
+    score = (word >> bit) & 1 ? score : -INFINITY;
+  }
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Exponents are powers of two: p = 2^(scale s - scale maximum) with scale = |scale of the problem| log2(e) > 0.
+struct OnlineSoftmax {
+  // A growth of a row's maximum below this many powers of two is left unnoticed: p then exceeds 1 but neither the sums
+  // nor the outputs need rescaling, which saves most of the rescaling passes.
+  static constexpr float kSlack = 8;
+
+  float scale;
+  float maximum[2] = {-INFINITY, -INFINITY};  // that p refers to
+  float sum[2] = {0, 0};                      // over this thread's columns
+  float correction[2] = {1, 1};               // of the outputs, after an update that returned true
+
+  __device__ explicit OnlineSoftmax(float scale) : scale(scale) {}
+
+  // Turns scores into p. True (for the whole warp) if outputs so far must be multiplied by `correction`.
+  template <int kCount>
+  __device__ __forceinline__ bool update(float (&scores)[kCount]) {
+    const bool grew = raise_maximum(scores);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float reference = maximum[i] == -INFINITY ? 0.f : maximum[i] * scale;
+      float even = sum[i], odd = 0;
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        float &first = scores[4 * j + 2 * i], &second = scores[4 * j + 2 * i + 1];
+        first = ptx::exp2_approximate(fmaf(first, scale, -reference));
+        second = ptx::exp2_approximate(fmaf(second, scale, -reference));
+        even += first;
+        odd += second;
+      }
+      sum[i] = even + odd;
+    }
+    return grew;
+  }
+
+  // What remains: the sums over all columns, and the factors that normalise the outputs. A row without keys (outside
+  // the grid) gives zeros.
+  __device__ __forceinline__ void finish(float (&normalizer)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] = quad_sum(sum[i]);
+      normalizer[i] = sum[i] == 0 ? 0.f : __fdividef(1.f, sum[i]);
+    }
+  }
+
+  // Natural log of the sum of exponentials, after finish().
+  __device__ __forceinline__ float log_sum_exp(int i) const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum[i] == 0 ? -INFINITY : (maximum[i] * scale + ptx::log2_approximate(sum[i])) * kLn2;
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ bool raise_maximum(const float (&scores)[kCount]) {
+    float tile[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float even = -INFINITY, odd = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kCount / 4; ++j) {
+        even = fmaxf(even, scores[4 * j + 2 * i]);
+        odd = fmaxf(odd, scores[4 * j + 2 * i + 1]);
+      }
+      tile[i] = fmaxf(even, odd);
+    }
+    bool grew = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      tile[i] = quad_max(tile[i]);
+      grew |= tile[i] * scale > maximum[i] * scale + kSlack || (maximum[i] == -INFINITY && tile[i] > maximum[i]);
+    }
+    if (!__any_sync(~0u, grew)) return false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float raised = fmaxf(maximum[i], tile[i]);
+      const float reference = raised == -INFINITY ? 0.f : raised * scale;
+      correction[i] = ptx::exp2_approximate(maximum[i] * scale - reference);
+      maximum[i] = raised;
+      sum[i] *= correction[i];
+    }
+    return true;
+  }
+};
+
+}  // namespace jax_natten

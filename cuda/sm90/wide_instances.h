@@ -1,0 +1,16 @@
+// The compiled instances of the wide kernel, one translation unit per head dimension.
+#pragma once
+
+#include "../common/params.h"
+#include "wide_params.h"
+
+namespace jax_natten::sm90 {
+
+WideInstance wide_d32(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d64(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d96(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d128(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d192(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d256(DType dtype, int rank, bool early_exponentials);
+
+}  // namespace jax_natten::sm90

@@ -1,0 +1,71 @@
+// What the "wide" kernel (wide_forward.cuh) is compiled for and told.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/key_mask.h"
+#include "../common/tiling.h"
+#include "tensor_map.h"
+
+namespace jax_natten::sm90 {
+
+// Compile-time shape of the kernel for a head dimension; smaller head dimensions are padded with zeros by the TMA.
+struct WideShape {
+  int dim;
+  int keys;         // columns of a key tile
+  int stages;       // of the key and value rings
+  int query_slots;  // query tiles in shared memory
+  int chunk;        // channels of a shared-memory row, which is one swizzle span of 128 or 64 bytes
+
+  constexpr int chunks() const { return dim / chunk; }
+  constexpr int row_bytes() const { return 2 * chunk; }
+};
+
+constexpr WideShape wide_shape(int dim) {
+  return dim == 32    ? WideShape{32, 128, 4, 2, 32}
+         : dim == 64  ? WideShape{64, 128, 3, 2, 64}
+         : dim == 96  ? WideShape{96, 128, 2, 2, 32}
+         : dim == 128 ? WideShape{128, 128, 2, 2, 64}
+         : dim == 192 ? WideShape{192, 96, 2, 1, 64}
+                      : WideShape{256, 64, 2, 1, 64};
+}
+
+constexpr int kWideGroups = 2;      // consumer warpgroups
+constexpr int kWideGroupRows = 64;  // queries of each
+constexpr int kWideThreads = 128 * (kWideGroups + 1);
+
+// The last position of a dilation group may be missing in some groups; each combination of longer and shorter groups
+// has its own maps. Bit a of the index: group of axis a is a short one.
+constexpr int kMaxMapVariants = 1 << kMaxRank;
+
+struct TensorMaps {
+  CUtensorMap query, key, value, out;
+};
+
+struct WideParams {
+  TensorMaps maps[kMaxMapVariants];
+  TileSchedule schedule;
+  SlabAddress query_address, key_address, row_address;
+  int long_phases[kMaxRank];  // groups with phase >= this are short ones
+  KeyMaskLayout mask_layout;
+  bool padded;             // key tiles have fewer keys than columns
+  float* lse;              // [batch, X, heads]
+  int row_step[kMaxRank];  // elements of lse between neighboring in-group positions of an axis
+  float scale;             // > 0, in powers of two
+  uint32_t query_factor;   // pair of T that queries are multiplied with first; 0: none. Carries the sign of the scale.
+  bool has_query_factor;
+  uint32_t mask_table[kMaxKeyMaskWords];
+};
+
+using WideKernel = void (*)(WideParams);
+
+// A compiled instance.
+struct WideInstance {
+  WideKernel kernel = nullptr;
+  size_t shared_bytes = 0;
+};
+
+}  // namespace jax_natten::sm90
