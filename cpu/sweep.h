@@ -199,9 +199,9 @@ class Sweep {
     step.first = all.begin - panel.begin[2];
     step.count = all.end - all.begin;
     for (int r = 0; r < tile.rows; ++r) {
-      const Interval own = panel.additional ? all : intersect(columns_of(tile.row + r), all);
-      step.begin[r] = own.begin - all.begin;
-      step.end[r] = imax(own.end, own.begin) - all.begin;
+      const Interval own = panel.additional ? all : columns_of(tile.row + r);
+      step.begin[r] = imin(imax(own.begin, all.begin), all.end) - all.begin;
+      step.end[r] = imin(imax(own.end, all.begin), all.end) - all.begin;
     }
     if (tile.rows == 4) {
       body.template tile<4>(step);
