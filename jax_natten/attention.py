@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax_natten import checks, dispatch
 from jax_natten.checks import with_rank
 from jax_natten.neighborhood import Neighborhood
-from jax_natten.primitives import fused, unfused
-from jax_natten.primitives.factory import accumulation_dtype
+from jax_natten.primitives import fused
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -87,40 +86,20 @@ def neighborhood_attention(
         raise ValueError(f"value must have at least one channel; got shape {value.shape}")
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("additional_keys and additional_values must be given together")
-    if additional_keys is None:
-        additional_keys = jnp.zeros((*batch, 0, kv_heads, dim), query.dtype)
-        additional_values = jnp.zeros((*batch, 0, kv_heads, value_dim), query.dtype)
-    named = checks.arrays(query=query, additional_keys=additional_keys, additional_values=additional_values)
-    _, additional_keys, additional_values = named.values()
-    checks.additional("additional_keys", additional_keys, batch, kv_heads, dim)
-    checks.additional("additional_values", additional_values, batch, kv_heads, value_dim)
-    if additional_keys.shape[-3] != additional_values.shape[-3]:
-        raise ValueError(
-            "additional_keys and additional_values must have the same length; got shapes "
-            f"{additional_keys.shape} and {additional_values.shape}"
-        )
-    if rpb is None:
-        bias = unfused.empty_bias(window, query.dtype)
-    else:
-        checks.bias(rpb, heads, window)
-        bias = jnp.asarray(rpb, accumulation_dtype(query.dtype))[None]
+    additional_keys = checks.additional("additional_keys", additional_keys, "query", query, batch, kv_heads, dim)
+    additional_values = checks.additional(
+        "additional_values", additional_values, "query", query, batch, kv_heads, value_dim
+    )
+    lengths = [0 if x is None else x.shape[-3] for x in (additional_keys, additional_values)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"additional_keys and additional_values must have the same length; got {lengths}")
+    bias = checks.bias(rpb, heads, window, query.dtype)
     scale = checks.scale(scale, dim)
     requested = dispatch.parse(implementation)
 
-    operands = [checks.fold_batch(array, batch) for array in (query, key, value, additional_keys, additional_values)]
-    query, key, value, additional_keys, additional_values = operands
-    dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
-    out, lse = fused.attention(
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        bias,
-        neighborhood=window,
-        scale=scale,
-        implementation=requested,
-    )
+    folded = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)]
+    dispatch.check(fused.problem("fused_forward", *folded[:4], bias, window), requested)
+    out, lse = fused.attention(*folded, bias, neighborhood=window, scale=scale, implementation=requested)
     out = out.reshape(*batch, *out.shape[1:])
     return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
 

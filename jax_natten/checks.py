@@ -75,15 +75,21 @@ def channels(name: str, array: jax.Array, other_name: str, dim: int) -> None:
         raise ValueError(f"the last axis of {name} must be that of {other_name}, {dim}; got shape {array.shape}")
 
 
-def additional(name: str, array: jax.Array, batch: tuple[int, ...], heads: int, dim: int) -> None:
-    """Additional keys or values are ``[*batch, S, heads, dim]``."""
+def additional(name: str, array, like_name: str, like: jax.Array, batch: tuple[int, ...], heads: int, dim: int):
+    """Additional keys or values ``[*batch, S, heads, dim]`` of the dtype of ``like``; None if there are none."""
+    if array is None:
+        return None
+    array = arrays(**{like_name: like, name: array})[name]
     expected = (*batch, "S", heads, dim)
     if array.ndim != len(expected) or any(e not in ("S", got) for e, got in zip(expected, array.shape)):
         raise ValueError(f"{name} must have shape {expected}; got {array.shape}".replace("'", ""))
+    return array if array.shape[-3] else None
 
 
-def bias(rpb, heads: int, window: Neighborhood) -> None:
-    """A relative position bias is ``[heads, *(2 * kernel_size - 1)]`` and needs windows without causal axes."""
+def bias(rpb, heads: int, window: Neighborhood, dtype) -> jax.Array | None:
+    """The bias operand ``[1, heads, *(2 * kernel_size - 1)]`` in the accumulation dtype, or None."""
+    if rpb is None:
+        return None
     if not isinstance(rpb, jax.Array | np.ndarray) or not jnp.issubdtype(rpb.dtype, jnp.floating):
         raise TypeError(f"rpb must be a floating-point array; got {getattr(rpb, 'dtype', type(rpb).__name__)}")
     expected = (heads, *window.bias_shape)
@@ -91,6 +97,7 @@ def bias(rpb, heads: int, window: Neighborhood) -> None:
         raise ValueError(f"rpb must have shape [heads, *(2 * kernel_size - 1)] = {expected}; got {rpb.shape}")
     if any(window.is_causal):
         raise ValueError(f"rpb cannot be combined with causal axes; got is_causal {window.is_causal}")
+    return jnp.asarray(rpb, jnp.promote_types(dtype, jnp.float32))[None]
 
 
 def scale(value, dim: int) -> float:
@@ -107,9 +114,9 @@ def scale(value, dim: int) -> float:
     return float(value)
 
 
-def fold_batch(array: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+def fold_batch(array: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
     """Makes one batch axis of any number of them."""
-    if len(batch) == 1:
+    if array is None or len(batch) == 1:
         return array  # no reshape: an explicit sharding stays as it is
     return array.reshape(math.prod(batch), *array.shape[len(batch) :])
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from jax_natten import checks, dispatch
 from jax_natten.attention import Bools, Ints
 from jax_natten.checks import with_rank
 from jax_natten.neighborhood import Neighborhood
 from jax_natten.primitives import unfused
-from jax_natten.primitives.factory import accumulation_dtype
 
 
 def neighborhood_qk(
@@ -56,17 +54,10 @@ def neighborhood_qk(
     heads, (kv_heads, dim) = query.shape[-2], key.shape[-2:]
     checks.channels("key", key, "query", query.shape[-1])
     checks.groups("query", heads, "key", kv_heads)
-    if additional_keys is None:
-        additional_keys = jnp.zeros((*batch, 0, kv_heads, dim), query.dtype)
-    additional_keys = checks.arrays(query=query, additional_keys=additional_keys)["additional_keys"]
-    checks.additional("additional_keys", additional_keys, batch, kv_heads, dim)
-    if rpb is None:
-        bias = unfused.empty_bias(window, query.dtype)
-    else:
-        checks.bias(rpb, heads, window)
-        bias = jnp.asarray(rpb, accumulation_dtype(query.dtype))[None]
+    additional_keys = checks.additional("additional_keys", additional_keys, "query", query, batch, kv_heads, dim)
+    bias = checks.bias(rpb, heads, window, query.dtype)
     requested = dispatch.parse(implementation)
-    extra = additional_keys.shape[-3]
+    extra = 0 if additional_keys is None else additional_keys.shape[-3]
     dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
     operands = [*(checks.fold_batch(array, batch) for array in (query, key, additional_keys)), bias]
     weights = unfused.pn(*operands, neighborhood=window, fill_negative_infinity=True, implementation=requested)
@@ -109,11 +100,8 @@ def neighborhood_av(
     checks.groups("attn", heads, "value", kv_heads)
     if dim == 0:
         raise ValueError(f"value must have at least one channel; got shape {value.shape}")
-    if additional_values is None:
-        additional_values = jnp.zeros((*batch, 0, kv_heads, dim), attn.dtype)
-    additional_values = checks.arrays(attn=attn, additional_values=additional_values)["additional_values"]
-    checks.additional("additional_values", additional_values, batch, kv_heads, dim)
-    extra = additional_values.shape[-3]
+    additional_values = checks.additional("additional_values", additional_values, "attn", attn, batch, kv_heads, dim)
+    extra = 0 if additional_values is None else additional_values.shape[-3]
     if attn.shape[-1] != window.window_size + extra:
         raise ValueError(
             f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; "

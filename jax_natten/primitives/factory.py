@@ -5,30 +5,31 @@ batching, sharding and (added by the caller) derivatives. The *inner* one is the
 choice of the implementation and the custom call. Between them stands ``custom_partitioning``, which has neither a
 batching nor a differentiation rule and so cannot be the outer one.
 
-Axes are named by roles, one letter each: ``b`` batch, ``X`` all grid axes, ``h`` query heads, ``k`` key and value
-heads, ``g`` batches of the bias; every other letter is an axis that no sharding can split. The leading axis of every
-operand and result is a batch, which makes one batching rule do for all of them: fold the mapped axis into it.
+The leading axis of every operand and result is a batch, which makes one batching rule do for all of them: fold the
+mapped axis into it.
+
+Additional keys and bias may be absent. The outer primitive then lacks these operands (and the results that are their
+gradients), as its parameter ``present`` tells; the inner one always has all of them, absent ones with an axis of length
+zero. (Passing empty arrays through JAX instead would make them residuals that nothing reads.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_natten import dispatch
 from jax_natten.neighborhood import Neighborhood
 from jax_natten.primitives import shim
+from jax_natten.primitives.partition import Roles, partitioned, role_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Operation:
     """One row of the table.
 
     Attributes:
-      name: of the primitive, and in error messages.
-      abstract_eval: ``(*avals, **params) -> list of avals``.
-      xla: the pure JAX implementation, ``(*arrays, **params without implementation) -> results``.
+      name: of the primitive.
+      abstract_eval: ``(*avals, **params) -> list of avals``, of the complete operands and results.
+      xla: the pure JAX implementation, ``(*arrays, **params) -> results``.
       operands, results: axis roles, one string per array.
       native: ``(*avals, **params) -> NativeCall``; None if only the XLA implementation exists.
+      gradients: whether the results are gradients of the first operands, so absent where these are.
     """
 
     name: str
@@ -49,6 +51,34 @@ class Operation:
     operands: tuple[str, ...]
     results: tuple[str, ...]
     native: Callable[..., NativeCall] | None = None
+    gradients: bool = False
+
+    def roles(self, present: tuple[bool, ...]) -> Roles:
+        """Axis roles of the operands and results that are present."""
+        operands = tuple(roles for roles, there in zip(self.operands, present) if there)
+        return Roles(operands, tuple(self.present_results(self.results, present)))
+
+    def present_results(self, values: Sequence, present: tuple[bool, ...]) -> list:
+        """Of one value per result those whose result is present."""
+        return [v for v, there in zip(values, present) if there] if self.gradients else list(values)
+
+    def completed(self, operands: Sequence, present: tuple[bool, ...], neighborhood: Neighborhood) -> list:
+        """The operands with an empty array in the place of each absent one."""
+        given = iter(operands)
+        full = [next(given) if there else None for there in present]
+        lengths = role_lengths((roles, array) for roles, array in zip(self.operands, full) if array is not None)
+
+        def empty(roles):
+            if roles[0] == "g":
+                return jnp.zeros((1, 0, *neighborhood.bias_shape), accumulation_dtype(operands[0].dtype))
+            return jnp.zeros([0 if role == "s" else lengths[role] for role in roles], operands[0].dtype)
+
+        return shim.align(*(empty(roles) if array is None else array for roles, array in zip(self.operands, full)))
+
+    def run_xla(self, *operands, present, implementation, **params) -> list[jax.Array]:
+        """The XLA implementation on the operands and results that are present."""
+        full = self.completed(operands, present, params["neighborhood"])
+        return self.present_results(self.xla(*full, **params), present)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +102,10 @@ def window_attributes(neighborhood: Neighborhood) -> dict[str, np.ndarray]:
     return {field: np.asarray(getattr(neighborhood, field), np.int64) for field in fields}
 
 
-def bind(primitive: Primitive, *operands, **params):
-    """Binds a primitive with operands that vary over the same mesh axes."""
-    return primitive.bind(*shim.align(*operands), **params)
+def bind(primitive: Primitive, *operands, **params) -> list[jax.Array]:
+    """Binds an outer primitive to operands that vary over the same mesh axes. None stands for an absent one."""
+    present = tuple(x is not None for x in operands)
+    return primitive.bind(*shim.align(*(x for x in operands if x is not None)), present=present, **params)
 
 
 def define(operation: Operation) -> Primitive:
@@ -83,17 +114,27 @@ def define(operation: Operation) -> Primitive:
     outer = Primitive(operation.name)
     outer.multiple_results = True
     outer.def_impl(functools.partial(xla.apply_primitive, outer))
-    outer.def_abstract_eval(operation.abstract_eval)
     batching.primitive_batchers[outer] = functools.partial(_batch, operation, outer)
     shim.lower_with_devices(outer)
+
+    @outer.def_abstract_eval
+    def abstract_eval(*avals, present, **params):
+        given = iter(avals)
+        full = [next(given) if there else None for there in present]
+        return operation.present_results(operation.abstract_eval(*full, **params), present)
+
+    def call(*operands, present, **params):
+        full = operation.completed(operands, present, params["neighborhood"])
+        return operation.present_results(inner.bind(*full, **params), present)
 
     def lower(ctx, *operands, **params):
         # One device, or inside any shard_map: operands are local, and skipping the partitioner lets programs be
         # exported and found in the persistent compilation cache (its Python callback prevents both).
         context = ctx.module_context.axis_context
         local = isinstance(context, mlir.SPMDAxisContext) or getattr(context, "num_devices", 1) == 1
-        call = functools.partial(inner.bind, **params)
-        run = call if local else _partitioned(operation, call)
+        run = functools.partial(call, **params)
+        if not local:
+            run = partitioned(operation.roles(params["present"]), run)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
     mlir.register_lowering(outer, lower)
@@ -131,97 +172,13 @@ def _inner(operation: Operation) -> Primitive:
     return inner
 
 
-def _batch(operation: Operation, primitive, operands, dims, **params):
+def _batch(operation: Operation, primitive, operands, dims, *, present, **params):
     size = next(a.shape[d] for a, d in zip(operands, dims) if d is not None)
     operands = [batching.bdim_at_front(a, d, size) for a, d in zip(operands, dims)]
     # Not reshape(-1, ...): the mapped axis may be empty.
     folded = [a.reshape(size * a.shape[1], *a.shape[2:]) for a in operands]
-    results = bind(primitive, *folded, **params)
-    leading = {roles[0]: a.shape[1] for roles, a in zip(operation.operands, operands)}
-    unfolded = [r.reshape(size, leading[roles[0]], *r.shape[1:]) for roles, r in zip(operation.results, results)]
+    results = primitive.bind(*shim.align(*folded), present=present, **params)
+    every = operation.roles(present)
+    leading = {roles[0]: a.shape[1] for roles, a in zip(every.operands, operands)}
+    unfolded = [r.reshape(size, leading[roles[0]], *r.shape[1:]) for roles, r in zip(every.results, results)]
     return unfolded, [0] * len(unfolded)
-
-
-def _partitioned(operation: Operation, call: Callable) -> Callable:
-    """``call`` under the automatic partitioner: batch and heads stay sharded, the rest is gathered."""
-
-    def partition(mesh, operands, results):
-        kept = _kept_mesh_axes(operation, mesh, operands, results)
-
-        def sharding(roles, array):
-            axes = (kept.get(role) if size else None for role, size in zip(_expand(roles, array.ndim), array.shape))
-            return NamedSharding(mesh, PartitionSpec(*axes))
-
-        in_shardings = tuple(map(sharding, operation.operands, operands))
-        out_shardings = tuple(map(sharding, operation.results, results))
-        # A result without a batch axis of its own is a sum over the batch, of which each device holds a part.
-        partial = [roles[0] == "g" and bool(kept["b"]) and not kept["g"] for roles in operation.results]
-
-        def local(*arrays):
-            sums = (jax.lax.psum(r, kept["b"]) if part and r.size else r for part, r in zip(partial, call(*arrays)))
-            return tuple(sums)
-
-        return mesh, local, out_shardings, in_shardings
-
-    def run(*operands):
-        results = jax.eval_shape(call, *operands)
-        wrapped = custom_partitioning(lambda *arrays: tuple(call(*arrays)))
-        rule, factors = _sharding_rule(operation, operands, results)
-        wrapped.def_partition(partition, sharding_rule=rule, **factors)
-        return wrapped(*operands)
-
-    return run
-
-
-def _expand(roles: str, ndim: int) -> str:
-    """Replaces ``X`` by one letter per grid axis."""
-    return roles.replace("X", "xyz"[: ndim - len(roles) + 1])
-
-
-def _lengths(operation: Operation, operands, results) -> dict[str, int]:
-    """Length of the axis of each role. (An absent bias has no heads: the larger length counts.)"""
-    lengths: dict[str, int] = {}
-    for roles, array in zip(operation.operands + operation.results, (*operands, *results)):
-        for role, length in zip(_expand(roles, array.ndim), array.shape):
-            lengths[role] = max(length, lengths.get(role, 0))
-    return lengths
-
-
-def _kept_mesh_axes(operation: Operation, mesh, operands, results) -> dict[str, tuple[str, ...]]:
-    """Mesh axes over which each role stays sharded, read off the first operand (the queries, or their weights)."""
-    lengths = _lengths(operation, operands, results)
-    first = operands[0]
-    spec = tuple(first.sharding.spec) + (None,) * (first.ndim - len(first.sharding.spec))
-
-    def axes(entry, *must_divide):
-        entry = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        parts = math.prod(mesh.shape[name] for name in entry)
-        return entry if all(length % parts == 0 for length in must_divide) else ()
-
-    bias_batches = lengths.get("g", 1)
-    batch = axes(spec[0], lengths["b"], *([bias_batches] if bias_batches > 1 else []))
-    # Query heads of one group need the same key and value heads, so only whole groups can be split.
-    heads = axes(spec[-2], lengths["k"])
-    return {"b": batch, "g": batch if bias_batches > 1 else (), "h": heads, "k": heads}
-
-
-def _sharding_rule(operation: Operation, operands, results) -> tuple[str, dict[str, int]]:
-    """The rule of Shardy's propagation: which axes of operands and results correspond."""
-    lengths = _lengths(operation, operands, results)
-    group = lengths["h"] // lengths["k"]
-    unique = (f"u{i}" for i in range(1000))
-
-    def mapping(roles, array):
-        factors = []
-        for role, length in zip(_expand(roles, array.ndim), array.shape):
-            if length == 0 or role == "g":
-                factors.append(next(unique))
-            elif role == "h" and group > 1:
-                factors.append("(k m)")
-            else:
-                factors.append("k" if role == "h" else role)
-        return " ".join(factors)
-
-    left = ", ".join(map(mapping, operation.operands, operands))
-    right = ", ".join(map(mapping, operation.results, results))
-    return f"{left} -> {right}", {"m": group} if group > 1 else {}

@@ -6,7 +6,6 @@ work, and ``jax.grad`` still costs one forward and one backward call. Derivative
 (second order) go through the XLA implementation, which JAX differentiates.
 
 Operands common to all: query, key, value, additional_keys, additional_values, bias (layouts in cuda/common/params.h).
-What is absent has an axis of length zero: no additional keys, or a bias without heads.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _OUT, _LSE = "bXhe", "bXh"
 
 
 def problem(operation: str, query, key, value, additional_keys, bias, neighborhood) -> Problem:
-    """The case that these arrays (or abstract values) make."""
+    """The case that these arrays (or abstract values) make; absent ones are None or empty."""
     return Problem(
         operation=operation,
         neighborhood=neighborhood,
@@ -40,8 +39,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         kv_heads=key.shape[-2],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        additional_keys=additional_keys.shape[-3],
-        has_bias=bias.shape[1] > 0,
+        additional_keys=0 if additional_keys is None else additional_keys.shape[1],
+        has_bias=bias is not None and bias.shape[1] > 0,
     )
 
 
@@ -61,63 +60,68 @@ def _native(name, query, key, value, additional_keys, additional_values, bias, *
     )
 
 
-forward_p = define(
-    Operation(
-        name="natten_fused_forward",
-        abstract_eval=_forward_avals,
-        xla=xla.forward,
-        operands=_INPUTS,
-        results=(_OUT, _LSE),
-        native=functools.partial(_native, "fused_forward"),
-    )
+_FORWARD = Operation(
+    name="natten_fused_forward",
+    abstract_eval=_forward_avals,
+    xla=xla.forward,
+    operands=_INPUTS,
+    results=(_OUT, _LSE),
+    native=functools.partial(_native, "fused_forward"),
 )
-backward_p = define(
-    Operation(
-        name="natten_fused_backward",
-        abstract_eval=lambda *avals, **_: list(avals[:6]),
-        xla=xla.backward,
-        operands=(*_INPUTS, _OUT, _LSE, _OUT, _LSE),
-        results=_INPUTS,
-        native=functools.partial(_native, "fused_backward"),
-    )
+_BACKWARD = Operation(
+    name="natten_fused_backward",
+    abstract_eval=lambda *avals, **_: list(avals[:6]),
+    xla=xla.backward,
+    operands=(*_INPUTS, _OUT, _LSE, _OUT, _LSE),
+    results=_INPUTS,
+    native=functools.partial(_native, "fused_backward"),
+    gradients=True,
 )
-tangent_p = define(
-    Operation(
-        name="natten_fused_tangent",
-        abstract_eval=_forward_avals,
-        xla=xla.tangent,
-        operands=(*_INPUTS, _OUT, _LSE, *_INPUTS),
-        results=(_OUT, _LSE),
-    )
+_TANGENT = Operation(
+    name="natten_fused_tangent",
+    abstract_eval=_forward_avals,
+    xla=xla.tangent,
+    operands=(*_INPUTS, _OUT, _LSE, *_INPUTS),
+    results=(_OUT, _LSE),
 )
+forward_p, backward_p, tangent_p = map(define, (_FORWARD, _BACKWARD, _TANGENT))
 
 
 def attention(query, key, value, additional_keys, additional_values, bias, *, neighborhood, scale, implementation):
-    """``(out, lse)``; every operand present, see the module's docstring."""
+    """``(out, lse)``; additional keys and values, or the bias, may be None."""
     operands = (query, key, value, additional_keys, additional_values, bias)
     return bind(forward_p, *operands, neighborhood=neighborhood, scale=scale, implementation=implementation)
 
 
-def _forward_jvp(primals, tangents, **params):
-    out, lse = bind(forward_p, *primals, **params)
+def _rebind(primitive, *operands, present, **params):
+    """Binds a primitive to operands of which only those present are given."""
+    return primitive.bind(*shim.align(*operands), present=present, **params)
+
+
+def _forward_jvp(primals, tangents, *, present, **params):
+    out, lse = _rebind(forward_p, *primals, present=present, **params)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     tangents = map(ad.instantiate_zeros, tangents)
-    return [out, lse], bind(tangent_p, *primals, out, lse, *tangents, **params)
+    every = (*present, True, True, *present)
+    return [out, lse], _rebind(tangent_p, *primals, out, lse, *tangents, present=every, **params)
 
 
-def _tangent_transpose(cotangents, *operands, **params):
-    residuals, linear = operands[:8], operands[8:]
-    grads = bind(backward_p, *residuals, *map(ad.instantiate_zeros, cotangents), **params)
-    return [None] * 8 + [g if ad.is_undefined_primal(x) else None for g, x in zip(grads, linear)]
+def _tangent_transpose(cotangents, *operands, present, **params):
+    count = sum(present[: len(_INPUTS) + 2])
+    residuals, linear = operands[:count], operands[count:]
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    every = (*present[: len(_INPUTS)], *[True] * 4)
+    grads = _rebind(backward_p, *residuals, *cotangents, present=every, **params)
+    return [None] * count + [g if ad.is_undefined_primal(x) else None for g, x in zip(grads, linear)]
 
 
-def _xla_jvp(function, primals, tangents, *, implementation, **params):
+def _xla_jvp(operation, primals, tangents, **params):
     """Second order: differentiates the XLA implementation."""
     tangents = tuple(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(lambda *a: list(function(*a, **params)), tuple(primals), tangents)
+    return jax.jvp(functools.partial(operation.run_xla, **params), tuple(primals), tangents)
 
 
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-ad.primitive_jvps[tangent_p] = functools.partial(_xla_jvp, xla.tangent)
-ad.primitive_jvps[backward_p] = functools.partial(_xla_jvp, xla.backward)
+ad.primitive_jvps[tangent_p] = functools.partial(_xla_jvp, _TANGENT)
+ad.primitive_jvps[backward_p] = functools.partial(_xla_jvp, _BACKWARD)

@@ -5,8 +5,8 @@
 - ``inverse`` (inverse-neighborhood): keys[y] = sum over the x that see y of weights[x, slot of y] queries_x
 
 Each is linear in each of its two sides, and the transposes are the other two. So derivatives of every order and in both
-modes are made of the same kernels. Slots are those of the window, row-major, then the additional keys. What is absent
-(additional keys, bias) has an axis of length zero.
+modes are made of the same kernels. Slots are those of the window, row-major, then the additional keys. Additional keys
+and bias may be absent: None here, left out among a primitive's operands (see ``factory``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.interpreters import ad
 from jax_natten.bias import bias_gradient
 from jax_natten.dispatch import Problem
 from jax_natten.primitives import shim, workspace
-from jax_natten.primitives.factory import NativeCall, Operation, accumulation_dtype, bind, define, window_attributes
+from jax_natten.primitives.factory import NativeCall, Operation, bind, define, window_attributes
 from jax_natten.xla import unfused as xla
 
 _WEIGHTS, _QUERIES, _KEYS, _ADDITIONAL, _BIAS = "bXhw", "bXhd", "bXkd", "bskd", "ghpqr"
@@ -31,13 +31,8 @@ def problem(operation: str, dtype, heads, kv_heads, dim, additional, has_bias, n
     return Problem(operation, neighborhood, dtype, heads, kv_heads, dim, dim, additional, has_bias)
 
 
-def empty_bias(neighborhood, dtype):
-    """The bias operand that stands for none."""
-    return jnp.zeros((1, 0, *neighborhood.bias_shape), accumulation_dtype(dtype))
-
-
 def _pn_avals(queries, keys, additional, bias, *, neighborhood, **_):
-    slots = neighborhood.window_size + additional.shape[1]
+    slots = neighborhood.window_size + (0 if additional is None else additional.shape[1])
     axes = (*range(queries.ndim - 1), None)
     return [shim.derive(queries, (*queries.shape[:-1], slots), axes=axes)]
 
@@ -141,68 +136,83 @@ def inverse(weights, queries, *, group, additional, **params):
 
 def _inverse_like(weights, queries, keys, additional, **params):
     """``inverse`` with results like these keys, which may be undefined primals."""
-    keys, additional = (x.aval if ad.is_undefined_primal(x) else x for x in (keys, additional))
-    group = weights.shape[-2] // keys.shape[-2]
-    return inverse(weights, queries, group=group, additional=additional.shape[1], **params)
+    keys, additional = (x.aval if _linear(x) else x for x in (keys, additional))
+    group, count = weights.shape[-2] // keys.shape[-2], 0 if additional is None else additional.shape[1]
+    return inverse(weights, queries, group=group, additional=count, **params)
+
+
+def _restored(operands, present):
+    """Operands of a primitive with None for those absent."""
+    given = iter(operands)
+    return [next(given) if there else None for there in present]
+
+
+def _linear(x) -> bool:
+    return x is not None and ad.is_undefined_primal(x)
 
 
 def _given(*tangents) -> bool:
-    return any(type(t) is not ad.Zero for t in tangents)
+    return any(t is not None and type(t) is not ad.Zero for t in tangents)
 
 
-def _sum(terms, zero):
-    """Sum of lists of arrays; ``zero`` where there is none."""
+def _instantiated(tangents):
+    return [None if t is None else ad.instantiate_zeros(t) for t in tangents]
+
+
+def _sum(terms, results):
+    """Sums lists of tangents; symbolic zeros like ``results`` where there is none."""
     if not terms:
-        return [ad.Zero.from_primal_value(z) for z in zero]
+        return [ad.Zero.from_primal_value(r) for r in results]
     return [functools.reduce(jnp.add, column) for column in zip(*terms)]
 
 
-def _pn_jvp(primals, tangents, *, fill_negative_infinity, **params):
-    queries, keys, additional, bias = primals
-    result = pn(*primals, fill_negative_infinity=fill_negative_infinity, **params)
-    t_queries, *t_others = tangents
-    terms = []
+def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
+    queries, *sides = _restored(primals, present)
+    t_queries, *t_sides = _restored(tangents, present)
+    result = pn(queries, *sides, fill_negative_infinity=fill_negative_infinity, **params)
+    terms = []  # the tangent of a -inf slot is zero
     if _given(t_queries):
-        none = empty_bias(params["neighborhood"], queries.dtype)
-        terms.append([pn(t_queries, keys, additional, none, **params)])
-    if _given(*t_others):
-        terms.append([pn(queries, *map(ad.instantiate_zeros, t_others), **params)])
+        terms.append([pn(t_queries, *sides[:2], None, **params)])
+    if _given(*t_sides):
+        terms.append([pn(queries, *_instantiated(t_sides), **params)])
     return [result], _sum(terms, [result])
 
 
-def _pn_transpose(cotangents, queries, keys, additional, bias, *, fill_negative_infinity, **params):
+def _pn_transpose(cotangents, *operands, present, fill_negative_infinity, **params):
+    queries, *sides = _restored(operands, present)
+    keys, additional, bias = sides
     weights = ad.instantiate_zeros(cotangents[0])
-    if ad.is_undefined_primal(queries):
-        return [nn(weights, keys, additional, **params), None, None, None]
-    sides = (keys, additional, bias)
+    if _linear(queries):
+        return [nn(weights, keys, additional, **params)] + [None] * (len(operands) - 1)
     grads = [*_inverse_like(weights, queries, keys, additional, **params), None]
-    if ad.is_undefined_primal(bias):
+    if _linear(bias):
         grads[2] = bias_gradient(weights, bias.aval.shape, params["neighborhood"])
-    return [None, *(g if ad.is_undefined_primal(x) else None for g, x in zip(grads, sides))]
+    return [None, *(g if _linear(x) else None for g, x in zip(grads, sides) if x is not None)]
 
 
-def _nn_jvp(primals, tangents, **params):
-    weights, *sides = primals
-    t_weights, *t_sides = tangents
-    result = nn(*primals, **params)
+def _nn_jvp(primals, tangents, *, present, **params):
+    weights, *sides = _restored(primals, present)
+    t_weights, *t_sides = _restored(tangents, present)
+    result = nn(weights, *sides, **params)
     terms = []
     if _given(t_weights):
         terms.append([nn(t_weights, *sides, **params)])
     if _given(*t_sides):
-        terms.append([nn(weights, *map(ad.instantiate_zeros, t_sides), **params)])
+        terms.append([nn(weights, *_instantiated(t_sides), **params)])
     return [result], _sum(terms, [result])
 
 
-def _nn_transpose(cotangents, weights, keys, additional, **params):
+def _nn_transpose(cotangents, *operands, present, **params):
+    weights, *sides = _restored(operands, present)
+    keys, additional = sides
     queries = ad.instantiate_zeros(cotangents[0])
-    if ad.is_undefined_primal(weights):
-        none = empty_bias(params["neighborhood"], queries.dtype)
-        return [pn(queries, keys, additional, none, **params), None, None]
+    if _linear(weights):
+        return [pn(queries, keys, additional, None, **params)] + [None] * (len(operands) - 1)
     grads = _inverse_like(weights, queries, keys, additional, **params)
-    return [None, *(g if ad.is_undefined_primal(x) else None for g, x in zip(grads, (keys, additional)))]
+    return [None, *(g if _linear(x) else None for g, x in zip(grads, sides) if x is not None)]
 
 
-def _inverse_jvp(primals, tangents, **params):
+def _inverse_jvp(primals, tangents, *, present, **params):
     results = inverse(*primals, **params)
     terms = []
     for i, tangent in enumerate(tangents):
@@ -211,11 +221,11 @@ def _inverse_jvp(primals, tangents, **params):
     return results, _sum(terms, results)
 
 
-def _inverse_transpose(cotangents, weights, queries, *, group, additional, **params):
+def _inverse_transpose(cotangents, weights, queries, *, present, group, additional, **params):
     keys, extra = map(ad.instantiate_zeros, cotangents)
-    if ad.is_undefined_primal(weights):
-        none = empty_bias(params["neighborhood"], queries.dtype)
-        return [pn(queries, keys, extra, none, **params), None]
+    extra = extra if additional else None
+    if _linear(weights):
+        return [pn(queries, keys, extra, None, **params), None]
     return [None, nn(weights, keys, extra, **params)]
 
 
