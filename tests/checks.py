@@ -125,7 +125,7 @@ def jit(function, implementation, quick: bool = True):
     return jax.jit(function, compiler_options=QUICK_COMPILE if quick else None)
 
 
-def jitted_fused(case: Case, implementation, quick: bool = True):
+def fused_with_gradients(case: Case, implementation):
     """``(operands, cotangents) -> results``: out, lse and the gradients, named as by the oracle."""
 
     def run(operands, cotangents):
@@ -133,7 +133,11 @@ def jitted_fused(case: Case, implementation, quick: bool = True):
         (grads,) = pullback(cotangents)
         return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in grads.items()}
 
-    return jit(run, implementation, quick)
+    return run
+
+
+def jitted_fused(case: Case, implementation, quick: bool = True):
+    return jit(fused_with_gradients(case, implementation), implementation, quick)
 
 
 def run_fused(case: Case, implementation, operands, cotangents, quick: bool = True) -> dict[str, jax.Array]:

@@ -33,9 +33,9 @@ def inputs(*shape, words="", dtype=np.float64):
     return jnp.asarray(generator("layer", words, shape).standard_normal(shape), dtype)
 
 
-def randomised(params):
-    """Parameters of the same shapes without zeros: initial biases are zero and would hide a mistake."""
-    leaves, tree = jax.tree.flatten(params)
+def drawn_params(layer, *args):
+    """Parameters of a layer, all of them random: initial biases are zero and would hide a mistake."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(layer.init, jax.random.key(0), *args))
     drawn = [inputs(*leaf.shape, words=i, dtype=leaf.dtype) * 0.3 for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, drawn)
 
@@ -65,8 +65,8 @@ def test_has_the_fields_of_flax_with_the_same_defaults():
 )
 def test_parameters_have_the_names_and_shapes_of_flax(options):
     x = inputs(2, 6, 8)
-    theirs = nn.MultiHeadDotProductAttention(num_heads=4, **options).init(jax.random.key(0), x)
-    ours = NeighborhoodAttention(num_heads=4, kernel_size=3, **options).init(jax.random.key(0), x)
+    theirs = drawn_params(nn.MultiHeadDotProductAttention(num_heads=4, **options), x)
+    ours = drawn_params(NeighborhoodAttention(num_heads=4, kernel_size=3, **options), x)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, theirs)
 
 
@@ -75,7 +75,7 @@ def test_parameters_have_the_names_and_shapes_of_flax(options):
 def test_checkpoint_of_flax_attention_gives_the_same_output_when_the_window_is_the_grid(grid, normalize_qk):
     x = inputs(2, *grid, 8)
     theirs = nn.MultiHeadDotProductAttention(num_heads=4, normalize_qk=normalize_qk, **F64)
-    params = randomised(theirs.init(jax.random.key(0), flattened(x, grid)))
+    params = drawn_params(theirs, flattened(x, grid))
     ours = NeighborhoodAttention(num_heads=4, kernel_size=grid, normalize_qk=normalize_qk, **F64)
     assert_equal(flattened(ours.apply(params, x), grid), theirs.apply(params, flattened(x, grid)))
 
@@ -86,7 +86,7 @@ def test_equals_flax_attention_under_the_neighborhoods_mask(grid, window):
     mask = reference.mask(Neighborhood.make(**window), grid)
     theirs = nn.MultiHeadDotProductAttention(num_heads=2, **F64)
     ours = NeighborhoodAttention(num_heads=2, **window, **F64)
-    params = randomised(ours.init(jax.random.key(0), q))
+    params = drawn_params(ours, q)
     flat = [flattened(x, grid) for x in (q, k, v)]
 
     assert_equal(flattened(ours.apply(params, q, k, v), grid), theirs.apply(params, *flat, mask=mask))
@@ -99,7 +99,7 @@ def test_equals_flax_attention_under_the_neighborhoods_mask(grid, window):
 def test_any_number_of_batch_axes():
     layer = NeighborhoodAttention(num_heads=2, kernel_size=(3, 3), **F64)
     x = inputs(2, 3, 5, 4, 8)
-    params = layer.init(jax.random.key(0), x)
+    params = drawn_params(layer, x)
     out = layer.apply(params, x)
     assert_equal(layer.apply(params, x[1, 2]), out[1, 2])
     assert_equal(jax.vmap(lambda x: layer.apply(params, x))(x), out)
@@ -108,7 +108,7 @@ def test_any_number_of_batch_axes():
 def test_kv_heads_are_shared_by_groups_of_query_heads():
     x = inputs(2, 9, 8)
     grouped = NeighborhoodAttention(num_heads=4, num_kv_heads=2, kernel_size=3, **F64)
-    params = randomised(grouped.init(jax.random.key(0), x))["params"]
+    params = drawn_params(grouped, x)["params"]
     assert params["key"]["kernel"].shape == params["value"]["kernel"].shape == (8, 2, 2)
     repeated = dict(params)
     for name in ("key", "value"):
@@ -165,7 +165,7 @@ def test_checkpoint_of_nat_maps_as_documented():
         heads, (kernel_size, kernel_size), dilation=dilation, fused_qkv=True, rel_pos_bias=True, **F64
     )
     x = np.asarray(inputs(7, 6, dim))
-    initial = layer.init(jax.random.key(0), x)["params"]
+    initial = drawn_params(layer, x)["params"]
     assert jax.tree.map(jnp.shape, initial) == jax.tree.map(jnp.shape, params)
     assert_equal(layer.apply({"params": params}, x), natten_layer(x, weights, heads, kernel_size, dilation))
 
@@ -173,7 +173,7 @@ def test_checkpoint_of_nat_maps_as_documented():
 def test_fused_projection_holds_query_key_and_value_heads_in_this_order():
     x = inputs(2, 9, 8)
     separate = NeighborhoodAttention(num_heads=4, num_kv_heads=2, kernel_size=3, normalize_qk=True, **F64)
-    params = randomised(separate.init(jax.random.key(0), x))["params"]
+    params = drawn_params(separate, x)["params"]
     stacked = {
         name: jnp.concatenate([params[part][name] for part in ("query", "key", "value")], axis=-2)
         for name in ("kernel", "bias")
@@ -200,7 +200,7 @@ def test_dropout_on_attention_weights_equals_that_of_flax(broadcast_dropout):
     options = {"num_heads": 2, "dropout_rate": 0.4, "broadcast_dropout": broadcast_dropout, **F64}
     theirs = nn.MultiHeadDotProductAttention(**options)
     ours = NeighborhoodAttention(kernel_size=6, **options)
-    params = randomised(theirs.init(jax.random.key(0), x, deterministic=True))
+    params = drawn_params(theirs, x, deterministic=True)
     assert_equal(ours.apply(params, x, deterministic=True), theirs.apply(params, x, deterministic=True))
     key = jax.random.key(7)
     out = ours.apply(params, x, deterministic=False, rngs={"dropout": key})
@@ -214,7 +214,7 @@ def test_dropout_on_attention_weights_equals_that_of_flax(broadcast_dropout):
 def test_dropout_keeps_the_mean():
     x = jnp.broadcast_to(inputs(8), (4000, 4, 8))
     layer = NeighborhoodAttention(2, 3, dropout_rate=0.5, broadcast_dropout=False, deterministic=False, **F64)
-    params = layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    params = drawn_params(layer.clone(deterministic=True), x[:1])
     out = layer.apply(params, x, rngs={"dropout": jax.random.key(2)})
     np.testing.assert_allclose(out.mean(0), layer.apply(params, x, deterministic=True)[0], atol=0.15)
 
@@ -222,7 +222,7 @@ def test_dropout_keeps_the_mean():
 def test_sown_weights_are_those_of_flax():
     x = inputs(2, 3, 4, 8)
     theirs, ours = nn.MultiHeadDotProductAttention(2, **F64), NeighborhoodAttention(2, (3, 4), **F64)
-    params = randomised(ours.init(jax.random.key(0), x))
+    params = drawn_params(ours, x)
     out, state = ours.apply(params, x, sow_weights=True, mutable=["intermediates"])
     _, expected = theirs.apply(params, flattened(x, (3, 4)), sow_weights=True, mutable=["intermediates"])
     (weights,), (expected,) = (s["intermediates"]["attention_weights"] for s in (state, expected))
@@ -239,9 +239,8 @@ def test_computes_in_the_dtype_asked_for(dtype, dropout_rate):
     )
     x = inputs(1, 4, 4, 8, dtype=jnp.bfloat16)
     rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    params = layer.init(rngs, x)
+    out, params = jax.jit(layer.init_with_output)(rngs, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    out = jax.jit(layer.apply)(params, x, rngs=rngs)
     assert out.dtype == (jnp.float32 if dtype is None else dtype)
     assert np.all(np.isfinite(out.astype(np.float32)))
 
@@ -249,7 +248,7 @@ def test_computes_in_the_dtype_asked_for(dtype, dropout_rate):
 def test_scale_multiplies_the_products_also_when_it_is_zero():
     x = inputs(1, 5, 8)
     layer = NeighborhoodAttention(2, 5, scale=0.0, **F64)
-    params = layer.init(jax.random.key(0), x)
+    params = drawn_params(layer, x)
     out, state = layer.apply(params, x, sow_weights=True, mutable=["intermediates"])
     assert_equal(state["intermediates"]["attention_weights"][0], jnp.full((1, 5, 2, 5), 0.2))
     assert_equal(layer.apply(params, x), out)
@@ -290,7 +289,7 @@ def test_input_without_a_whole_grid_is_refused():
 def test_adapter_in_flax_layer_equals_our_layer(grid, window, flat):
     x = inputs(2, *grid, 8)
     ours = NeighborhoodAttention(num_heads=2, **window, **F64)
-    params = randomised(ours.init(jax.random.key(0), x))
+    params = drawn_params(ours, x)
     function = attention_fn(**window, grid=grid if flat else None)
     stock = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=function, **F64)
     out = stock.apply(params, flattened(x, grid) if flat else x)
@@ -303,7 +302,7 @@ def test_adapter_honours_dropout_and_sowing():
     ours = NeighborhoodAttention(kernel_size=(3, 2), **options)
     stock = nn.MultiHeadDotProductAttention(attention_fn=attention_fn((3, 2), grid=(3, 4)), **options)
     key = jax.random.key(3)
-    params = ours.init({"params": key, "dropout": key}, x.reshape(2, 3, 4, 8))
+    params = drawn_params(ours.clone(deterministic=True), x.reshape(2, 3, 4, 8))
     call = {"dropout_rng": key, "sow_weights": True, "mutable": ["intermediates"]}
     expected, expected_state = ours.apply(params, x.reshape(2, 3, 4, 8), **call)
     out, state = stock.apply(params, x, **call)

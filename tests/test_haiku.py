@@ -39,8 +39,9 @@ def module(cls, **options):
     return hk.transform(lambda *args, **kwargs: cls(**options, name="attention")(*args, **kwargs))
 
 
-def randomised(params):
-    leaves, tree = jax.tree.flatten(params)
+def drawn_params(transformed, *args):
+    """Parameters of a module, all of them random: initial biases are zero and would hide a mistake."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(transformed.init, jax.random.key(0), *args))
     return jax.tree.unflatten(tree, [inputs(*x.shape, words=i) * 0.3 for i, x in enumerate(leaves)])
 
 
@@ -51,10 +52,8 @@ def test_parameters_of_haiku_attention_load_and_give_its_output_under_the_mask(g
     theirs = module(hk.MultiHeadAttention, num_heads=2, key_size=4, w_init=W_INIT, **sizes)
     ours = module(NeighborhoodAttention, num_heads=2, key_size=4, **window, **sizes)
     flat = [flattened(x, grid) for x in (q, k, v)]
-    params = theirs.init(jax.random.key(0), *flat)
-    initial = ours.init(jax.random.key(0), q, k, v)
-    assert jax.tree.map(jnp.shape, initial) == jax.tree.map(jnp.shape, params)
-    params = randomised(params)
+    params = drawn_params(theirs, *flat)
+    assert jax.tree.map(jnp.shape, drawn_params(ours, q, k, v)) == jax.tree.map(jnp.shape, params)
     mask = jnp.asarray(reference.mask(Neighborhood.make(**window), grid))[None, None]
     expected = theirs.apply(params, None, *flat, mask=mask)
     assert_equal(flattened(ours.apply(params, None, q, k, v), grid), expected)
@@ -68,7 +67,7 @@ def test_equals_the_flax_layer_with_mapped_parameters():
     options = {"num_heads": 4, "num_kv_heads": 2, "kernel_size": (3, 3), "rel_pos_bias": True, "fused_qkv": True}
     x = inputs(2, 5, 4, 8)
     ours = module(NeighborhoodAttention, key_size=2, **options)
-    params = randomised(ours.init(jax.random.key(0), x))
+    params = drawn_params(ours, x)
     assert params["attention"]["rpb"].shape == (4, 5, 5)
     qkv, out = params["attention/qkv"], params["attention/linear"]
     mapped = {
@@ -83,7 +82,7 @@ def test_equals_the_flax_layer_with_mapped_parameters():
 def test_trains_under_jit():
     x = inputs(2, 5, 4, 8, dtype=np.float32)
     ours = module(NeighborhoodAttention, num_heads=2, key_size=4, kernel_size=(3, 3), rel_pos_bias=True)
-    params = ours.init(jax.random.key(0), x)
+    params = jax.jit(ours.init)(jax.random.key(0), x)
     step = jax.jit(jax.value_and_grad(lambda p: jnp.mean((ours.apply(p, None, x) - x) ** 2)))
     first, _ = step(params)
     for _ in range(20):
@@ -97,7 +96,7 @@ def test_dropout_acts_in_training_only(broadcast_dropout):
     x = jnp.broadcast_to(inputs(6, 8), (3, 6, 8))
     options = {"num_heads": 2, "key_size": 4, "kernel_size": 3, "broadcast_dropout": broadcast_dropout}
     ours = module(NeighborhoodAttention, dropout_rate=0.5, **options)
-    params = ours.init(jax.random.key(0), x)
+    params = drawn_params(ours, x)
     clean = ours.apply(params, None, x)
     first, second = (ours.apply(params, jax.random.key(i), x, is_training=True) for i in (1, 2))
     assert not np.allclose(first, clean) and not np.allclose(first, second)

@@ -37,20 +37,20 @@ def assert_equal(result, expected):
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-11)
 
 
+def drawn(make, **options):
+    """A module with all parameters random: initial biases are zero and would hide a mistake."""
+    module = nnx.eval_shape(lambda: make(in_features=8, rngs=nnx.Rngs(0), **F64, **options))
+    leaves, tree = jax.tree.flatten(nnx.state(module, nnx.Param))
+    nnx.update(module, jax.tree.unflatten(tree, [inputs(*x.shape, words=i) * 0.3 for i, x in enumerate(leaves)]))
+    return module
+
+
 def theirs(**options):
-    return nnx.MultiHeadAttention(in_features=8, decode=False, rngs=nnx.Rngs(0), **F64, **options)
+    return drawn(nnx.MultiHeadAttention, decode=False, **options)
 
 
 def ours(**options):
-    return natten_nnx.NeighborhoodAttention(in_features=8, rngs=nnx.Rngs(0), **F64, **options)
-
-
-def randomise(module):
-    """Replaces every parameter: initial biases are zero and would hide a mistake."""
-    state = nnx.state(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    nnx.update(module, jax.tree.unflatten(tree, [inputs(*x.shape, words=i) * 0.3 for i, x in enumerate(leaves)]))
-    return module
+    return drawn(natten_nnx.NeighborhoodAttention, **options)
 
 
 def shapes(module):
@@ -85,7 +85,7 @@ def test_parameters_have_the_names_and_shapes_of_flax(options):
 @pytest.mark.parametrize("grid", [(6,), (3, 4), (2, 3, 4)])
 @pytest.mark.parametrize("options", [{}, {"normalize_qk": True}, {"num_kv_heads": 2}])
 def test_checkpoint_of_flax_attention_gives_the_same_output_when_the_window_is_the_grid(grid, options):
-    stock, layer = randomise(theirs(num_heads=4, **options)), ours(num_heads=4, kernel_size=grid, **options)
+    stock, layer = theirs(num_heads=4, **options), ours(num_heads=4, kernel_size=grid, **options)
     nnx.update(layer, nnx.state(stock, nnx.Param))
     x = inputs(2, *grid, 8)
     # Flax's own fast path computes in float32 in places.
@@ -94,7 +94,7 @@ def test_checkpoint_of_flax_attention_gives_the_same_output_when_the_window_is_t
 
 @pytest.mark.parametrize(("grid", "window"), WINDOWS)
 def test_equals_flax_attention_under_the_neighborhoods_mask(grid, window):
-    stock, layer = randomise(theirs(num_heads=2)), ours(num_heads=2, **window)
+    stock, layer = theirs(num_heads=2), ours(num_heads=2, **window)
     nnx.update(layer, nnx.state(stock, nnx.Param))
     mask = reference.mask(Neighborhood.make(**window), grid)[None, None]
     q, k, v = (inputs(2, *grid, 8, words=name) for name in "qkv")
@@ -107,7 +107,7 @@ def test_equals_flax_attention_under_the_neighborhoods_mask(grid, window):
 
 def test_linen_layer_with_the_same_parameters_gives_the_same_output():
     options = {"kernel_size": (3, 5), "dilation": (2, 1), "rel_pos_bias": True, "fused_qkv": True, "normalize_qk": True}
-    layer = randomise(ours(num_heads=4, num_kv_heads=2, **options))
+    layer = ours(num_heads=4, num_kv_heads=2, **options)
     from jax_natten.flax import NeighborhoodAttention
 
     linen = NeighborhoodAttention(num_heads=4, num_kv_heads=2, **options, **F64)
