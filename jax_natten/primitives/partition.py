@@ -53,8 +53,8 @@ def partitioned(roles: Roles, call: Callable) -> Callable:
 
     def run(*operands):
         wrapped = custom_partitioning(lambda *arrays: tuple(call(*arrays)))
-        rule, factors = _sharding_rule(roles, operands, jax.eval_shape(call, *operands))
-        wrapped.def_partition(partition, sharding_rule=rule, **factors)
+        rule = _sharding_rule(roles, operands, jax.eval_shape(call, *operands))
+        wrapped.def_partition(partition, sharding_rule=rule)
         return wrapped(*operands)
 
     return run
@@ -83,22 +83,21 @@ def _kept_mesh_axes(roles: Roles, mesh, operands, results) -> dict[str, tuple[st
     return {"b": batch, "g": batch if bias_batches > 1 else (), "h": heads, "k": heads}
 
 
-def _sharding_rule(roles: Roles, operands, results) -> tuple[str, dict[str, int]]:
+def _sharding_rule(roles: Roles, operands, results) -> str:
     """The rule of Shardy's propagation: which axes of operands and results correspond."""
     lengths = roles.lengths(operands, results)
-    group = lengths["h"] // lengths["k"]
     unique = (f"u{i}" for i in itertools.count())
 
     def mapping(axes, array):
         def factor(role, length):
             if length == 0 or role == "g":
                 return next(unique)  # corresponds to nothing
-            if role == "h":
-                return "(k m)" if group > 1 else "k"
-            return role
+            # Query heads in groups do not correspond to the key heads: as "(k m)" Shardy would split the keys over a
+            # part of a mesh axis where the axis is longer than k, which custom_partitioning cannot express.
+            return "k" if role == "h" and lengths["h"] == lengths["k"] else role
 
         return " ".join(map(factor, _expand(axes, array.ndim), array.shape))
 
     left = ", ".join(map(mapping, roles.operands, operands))
     right = ", ".join(map(mapping, roles.results, results))
-    return f"{left} -> {right}", {"m": group} if group > 1 else {}
+    return f"{left} -> {right}"
