@@ -5,7 +5,7 @@ Knows no framework; calls the public functions only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def attention(
     dropout_rng: jax.Array | None = None,
     broadcast_dropout: bool = True,
     record: Callable[[jax.Array], object] | None = None,
-    implementation: str | tuple[str, ...] | None = None,
+    implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Neighborhood attention, with dropout on the attention weights if asked for.
 

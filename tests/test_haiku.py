@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,10 @@ def module(cls, **options):
     return hk.transform(lambda *args, **kwargs: cls(**options, name="attention")(*args, **kwargs))
 
 
+def apply(transformed, params, key, *args, **options):
+    return jax.jit(functools.partial(transformed.apply, **options))(params, key, *args)
+
+
 def drawn_params(transformed, *args):
     """Parameters of a module, all of them random: initial biases are zero and would hide a mistake."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(transformed.init, jax.random.key(0), *args))
@@ -55,9 +61,9 @@ def test_parameters_of_haiku_attention_load_and_give_its_output_under_the_mask(g
     params = drawn_params(theirs, *flat)
     assert jax.tree.map(jnp.shape, drawn_params(ours, q, k, v)) == jax.tree.map(jnp.shape, params)
     mask = jnp.asarray(reference.mask(Neighborhood.make(**window), grid))[None, None]
-    expected = theirs.apply(params, None, *flat, mask=mask)
-    assert_equal(flattened(ours.apply(params, None, q, k, v), grid), expected)
-    assert_equal(ours.apply(params, None, q), ours.apply(params, None, q, q, q))
+    expected = apply(theirs, params, None, *flat, mask)
+    assert_equal(flattened(apply(ours, params, None, q, k, v), grid), expected)
+    assert_equal(apply(ours, params, None, q), apply(ours, params, None, q, q, q))
 
 
 def test_equals_the_flax_layer_with_mapped_parameters():
@@ -76,13 +82,13 @@ def test_equals_the_flax_layer_with_mapped_parameters():
         "rpb": params["attention"]["rpb"],
     }
     flax_layer = FlaxAttention(**options, dtype=jnp.float64)
-    assert_equal(ours.apply(params, None, x), flax_layer.apply({"params": mapped}, x))
+    assert_equal(apply(ours, params, None, x), jax.jit(flax_layer.apply)({"params": mapped}, x))
 
 
 def test_trains_under_jit():
     x = inputs(2, 5, 4, 8, dtype=np.float32)
     ours = module(NeighborhoodAttention, num_heads=2, key_size=4, kernel_size=(3, 3), rel_pos_bias=True)
-    params = jax.jit(ours.init)(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p.astype(np.float32), drawn_params(ours, x))
     step = jax.jit(jax.value_and_grad(lambda p: jnp.mean((ours.apply(p, None, x) - x) ** 2)))
     first, _ = step(params)
     for _ in range(20):
@@ -97,11 +103,11 @@ def test_dropout_acts_in_training_only(broadcast_dropout):
     options = {"num_heads": 2, "key_size": 4, "kernel_size": 3, "broadcast_dropout": broadcast_dropout}
     ours = module(NeighborhoodAttention, dropout_rate=0.5, **options)
     params = drawn_params(ours, x)
-    clean = ours.apply(params, None, x)
-    first, second = (ours.apply(params, jax.random.key(i), x, is_training=True) for i in (1, 2))
-    assert not np.allclose(first, clean) and not np.allclose(first, second)
+    dropped = jax.jit(lambda key: ours.apply(params, key, x, is_training=True))
+    first, second = dropped(jax.random.key(1)), dropped(jax.random.key(2))
+    assert not np.allclose(first, apply(ours, params, None, x)) and not np.allclose(first, second)
     assert np.allclose(first[0], first[1]) == broadcast_dropout
-    assert_equal(first, ours.apply(params, jax.random.key(1), x, is_training=True))
+    assert_equal(first, dropped(jax.random.key(1)))
 
 
 X = np.ones((1, 5, 6, 8), np.float32)

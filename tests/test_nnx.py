@@ -53,6 +53,10 @@ def ours(**options):
     return drawn(natten_nnx.NeighborhoodAttention, **options)
 
 
+def apply(module, *args, **options):
+    return nnx.jit(lambda module, *args: module(*args, **options))(module, *args)
+
+
 def shapes(module):
     return {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
@@ -89,7 +93,8 @@ def test_checkpoint_of_flax_attention_gives_the_same_output_when_the_window_is_t
     nnx.update(layer, nnx.state(stock, nnx.Param))
     x = inputs(2, *grid, 8)
     # Flax's own fast path computes in float32 in places.
-    np.testing.assert_allclose(flattened(layer(x), grid), stock(flattened(x, grid)), rtol=1e-5, atol=1e-6)
+    out, expected = apply(layer, x), apply(stock, flattened(x, grid))
+    np.testing.assert_allclose(flattened(out, grid), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("grid", "window"), WINDOWS)
@@ -98,11 +103,12 @@ def test_equals_flax_attention_under_the_neighborhoods_mask(grid, window):
     nnx.update(layer, nnx.state(stock, nnx.Param))
     mask = reference.mask(Neighborhood.make(**window), grid)[None, None]
     q, k, v = (inputs(2, *grid, 8, words=name) for name in "qkv")
-    out, expected = layer(q, k, v), stock(*(flattened(x, grid) for x in (q, k, v)), mask=mask)
+    flat = [flattened(x, grid) for x in (q, k, v)]
+    out, expected = apply(layer, q, k, v), apply(stock, *flat, mask=mask)
     np.testing.assert_allclose(flattened(out, grid), expected, rtol=1e-5, atol=1e-6)
     adapted = theirs(num_heads=2, attention_fn=attention_fn(**window, grid=grid))
     nnx.update(adapted, nnx.state(stock, nnx.Param))
-    assert_equal(adapted(*(flattened(x, grid) for x in (q, k, v))), flattened(out, grid))
+    assert_equal(apply(adapted, *flat), flattened(out, grid))
 
 
 def test_linen_layer_with_the_same_parameters_gives_the_same_output():
@@ -113,8 +119,9 @@ def test_linen_layer_with_the_same_parameters_gives_the_same_output():
     linen = NeighborhoodAttention(num_heads=4, num_kv_heads=2, **options, **F64)
     x = inputs(2, 6, 7, 8)
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, linen.init(jax.random.key(0), x)["params"])
-    assert_equal(layer(x), linen.apply({"params": params}, x))
+    initial = jax.eval_shape(linen.init, jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, initial)
+    assert_equal(apply(layer, x), jax.jit(linen.apply)({"params": params}, x))
 
 
 def test_trains_under_nnx_transforms():

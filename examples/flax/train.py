@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--implementation", choices=dispatch.IMPLEMENTATIONS, help="of the attention; default: the best"
     )
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the pictures")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and the order of the digits")
     options = parser.parse_args(arguments)
