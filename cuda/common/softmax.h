@@ -92,18 +92,20 @@ struct OnlineSoftmax {
       }
       tile[i] = fmaxf(even, odd);
     }
-    bool grew = false;
+    bool grew[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       tile[i] = quad_max(tile[i]);
-      grew |= tile[i] * scale > maximum[i] * scale + kSlack || (maximum[i] == -INFINITY && tile[i] > maximum[i]);
+      grew[i] = tile[i] * scale > maximum[i] * scale + kSlack || (maximum[i] == -INFINITY && tile[i] > maximum[i]);
     }
-    if (!__any_sync(~0u, grew)) return false;
+    if (!__any_sync(~0u, grew[0] || grew[1])) return false;
+    // A row decides for itself: were others to raise it too, its rounding would depend on them, and some of a warp's
+    // rows hold whatever was in shared memory before.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float raised = fmaxf(maximum[i], tile[i]);
+      const float raised = grew[i] ? tile[i] : maximum[i];
       const float reference = raised == -INFINITY ? 0.f : raised * scale;
-      correction[i] = ptx::exp2_approximate(maximum[i] * scale - reference);
+      correction[i] = grew[i] ? ptx::exp2_approximate(maximum[i] * scale - reference) : 1.f;
       maximum[i] = raised;
       sum[i] *= correction[i];
     }
