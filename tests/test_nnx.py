@@ -164,8 +164,8 @@ def test_sows_attention_weights(adapter):
         layer = theirs(num_heads=2, attention_fn=attention_fn((3, 2), grid=(3, 4)))
     else:
         layer, x = ours(num_heads=2, kernel_size=(3, 2)), x.reshape(2, 3, 4, 8)
-    out = layer(x, sow_weights=True)
-    (weights,) = nnx.to_flat_state(nnx.pop(layer, nnx.Intermediate))[0][1].get_value()
+    out, state = nnx.capture(lambda layer: layer(x, sow_weights=True), nnx.Intermediate)(layer)
+    (weights,) = jax.tree.leaves(state)
     assert weights.shape == (2, 3, 4, 2, 6)
     assert_equal(weights.sum(-1), jnp.ones((2, 3, 4, 2)))
     assert_equal(out, layer(x))

@@ -1,0 +1,182 @@
+"""What the CUDA and other lowerings hold, inspected on a machine without their devices."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import Case, fused, fused_with_gradients, operand_shapes
+from problems import problem
+
+import jax_natten
+from jax_natten import dispatch, native
+from jax_natten.primitives import workspace
+
+SHAPE = problem("lowering", 2, 4, 2, 5, [6, 7], [3, 4], [1, 2], [2, 1], [True, False])
+CASE = Case(SHAPE, "bfloat16", value_dim=3, additional=2, scale=0.25)
+TARGETS = ("jax_natten_fused_forward", "jax_natten_fused_backward", "jax_natten_pn", "jax_natten_nn", "jax_natten_in")
+
+PLATFORMS = ("cuda", "cpu")
+KERNELS = {"cuda": "naive", "cpu": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def both_extensions(monkeypatch):
+    """Lowering only writes the calls down: where an extension was not built, pretend that it was."""
+    for platform in PLATFORMS:
+        monkeypatch.setattr(native, platform, getattr(native, platform) or object())
+
+
+def _structs(case):
+    operands = {n: jax.ShapeDtypeStruct(s, case.dtype) for n, s in operand_shapes(case).items()}
+    rows = operands["query"].shape[:-1]
+    value_dim = operands["value"].shape[-1]
+    return operands, (
+        jax.ShapeDtypeStruct((*rows, value_dim), case.dtype),
+        jax.ShapeDtypeStruct(rows, case.accumulation),
+    )
+
+
+def lowered(function, *arguments, platforms):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
+
+
+def calls(text: str) -> dict[str, str]:
+    """Our custom calls of a module: target and the line of text."""
+    lines = [line for line in text.splitlines() if "stablehlo.custom_call @jax_natten_" in line]
+    found = {re.search(r"@(jax_natten_\w+)", line).group(1): line for line in lines}
+    assert len(found) == len(lines), "a target is called twice"
+    return found
+
+
+def _unfused(operands, cotangent):
+    def attention(x):
+        window = SHAPE.window
+        scores = jax_natten.na2d_qk(x["query"], x["key"], **window, additional_keys=x["additional_keys"])
+        return jax_natten.na2d_av(scores, x["value"], **window, additional_values=x["additional_values"])
+
+    out, pullback = jax.vjp(attention, operands)
+    return out, pullback(cotangent)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_fused_attention_lowers_to_its_two_calls(platform):
+    found = calls(lowered(fused_with_gradients(CASE, None), *_structs(CASE), platforms=(platform,)))
+    assert found.keys() == {"jax_natten_fused_forward", "jax_natten_fused_backward"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_unfused_attention_lowers_to_its_three_operations(platform):
+    operands, (d_out, _) = _structs(CASE)
+    text = lowered(_unfused, operands, d_out, platforms=(platform,))
+    for target in ("jax_natten_pn", "jax_natten_nn", "jax_natten_in"):
+        # One forward; gradients: d_attn by PN, dQ by NN, dK and dV by IN.
+        assert text.count(f"@{target}(") == 2, target
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_calls_hold_the_attributes_of_the_wire_format(platform):
+    found = calls(lowered(fused_with_gradients(CASE, None), *_structs(CASE), platforms=(platform,)))
+    for line in found.values():
+        attributes = re.search(r"mhlo.backend_config = \{(.*?)\}", line).group(1)
+        assert dict(re.findall(r"(\w+) = (.*?)(?:, (?=\w+ =)|$)", attributes)) == {
+            "kernel_size": "dense<[3, 4]> : tensor<2xi64>",
+            "stride": "dense<[1, 2]> : tensor<2xi64>",
+            "dilation": "dense<[2, 1]> : tensor<2xi64>",
+            "is_causal": "dense<[1, 0]> : tensor<2xi64>",
+            "scale": "2.500000e-01 : f64",
+            "implementation": f'"{KERNELS[platform]}"',
+        }
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_calls_hold_every_buffer_row_major(platform):
+    found = calls(lowered(fused_with_gradients(CASE, None), *_structs(CASE), platforms=(platform,)))
+    operands, cotangents = _structs(CASE)
+    bias = jax.ShapeDtypeStruct((1, 0, 5, 7), jnp.float32)
+    out, lse = cotangents
+    inputs = [*operands.values(), bias]
+    size = workspace.fused_backward(operands["query"], operands["value"], operands["additional_keys"], bias)
+    expected = {
+        "jax_natten_fused_forward": (inputs, [out, lse]),
+        "jax_natten_fused_backward": (
+            [*inputs, out, lse, out, lse],
+            [*inputs, jax.ShapeDtypeStruct((size,), jnp.float32)],
+        ),
+    }
+    for target, (arguments, results) in expected.items():
+        line = found[target]
+        signature = line[line.rindex(" : (") :]
+        types = [_mlir_type(s) for s in (*arguments, *results)]
+        assert re.findall(r"tensor<[^>]*>", signature) == types, target
+        layouts = re.search(r"operand_layouts = \[(.*?)\], ", line + ", ").group(1)
+        assert re.findall(r"dense<(.*?)> : tensor<\d+xindex>", layouts) == [_row_major(s.ndim) for s in arguments]
+        layouts = re.search(r"result_layouts = \[(.*?)\]\}", line).group(1)
+        assert re.findall(r"dense<(.*?)> : tensor<\d+xindex>", layouts) == [_row_major(s.ndim) for s in results]
+
+
+def _mlir_type(struct) -> str:
+    names = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+    return f"tensor<{'x'.join(map(str, (*struct.shape, names[np.dtype(struct.dtype).name])))}>"
+
+
+def _row_major(ndim: int) -> str:
+    return "0" if ndim == 1 else str(list(reversed(range(ndim))))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_bias_is_an_operand_with_heads_and_in_the_accumulation_type(platform):
+    case = Case(problem("biased", 2, 4, 2, 5, [9], [4]), "float16", bias=True)
+    line = calls(lowered(fused(case, None), _structs(case)[0], platforms=(platform,)))["jax_natten_fused_forward"]
+    assert "tensor<1x4x7xf32>" in line
+
+
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
+def test_other_platforms_get_pure_jax(platform):
+    operands, cotangents = _structs(CASE)
+    text = lowered(fused_with_gradients(CASE, None), operands, cotangents, platforms=(platform,))
+    assert "jax_natten_" not in text
+    assert "jax_natten_" not in lowered(_unfused, operands, cotangents[0], platforms=(platform,))
+
+
+def test_naming_xla_gives_pure_jax_everywhere():
+    operands, _ = _structs(CASE)
+    for platform in ("cpu", "cuda", "tpu"):
+        assert "@jax_natten_" not in lowered(fused(CASE, "xla"), operands, platforms=(platform,))
+
+
+def test_one_function_for_several_platforms_holds_the_calls_of_each():
+    text = lowered(fused(CASE, None), _structs(CASE)[0], platforms=("cpu", "cuda", "tpu"))
+    assert text.count("@jax_natten_fused_forward(") == 2  # and pure JAX for the TPU
+    assert 'implementation = "naive"' in text and 'implementation = "cpu"' in text
+
+
+def test_named_kernels_are_passed_on_in_order_of_preference():
+    with_fallback = lowered(fused(CASE, ("sm90", "cpu", "xla")), _structs(CASE)[0], platforms=("cpu",))
+    assert 'implementation = "cpu"' in with_fallback
+
+
+def test_second_derivatives_need_no_unknown_call():
+    operands, _ = _structs(CASE)
+
+    def loss(x):
+        return fused(CASE, None)(x)[0].astype(jnp.float32).sum()
+
+    def product(x):
+        return jax.jvp(jax.grad(loss), (x,), (x,))[1]
+
+    text = lowered(product, operands, platforms=("cpu",))
+    assert set(re.findall(r"@(jax_natten_\w+)\(", text)) <= set(TARGETS)
+
+
+def test_without_the_extension_cuda_gets_pure_jax_and_a_warning(monkeypatch):
+    monkeypatch.setattr(native, "cuda", None)
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(UserWarning, match="without its CUDA kernels"):
+        text = lowered(fused(CASE, None), _structs(CASE)[0], platforms=("cuda",))
+    assert "@jax_natten_" not in text
+    with pytest.raises(NotImplementedError, match="_cuda, which was not built"):
+        lowered(fused(CASE, "naive"), _structs(CASE)[0], platforms=("cuda",))
