@@ -97,9 +97,10 @@ def neighborhood_attention(
     scale = checks.scale(scale, dim)
     requested = dispatch.parse(implementation)
 
-    folded = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)]
-    dispatch.check(fused.problem("fused_forward", *folded[:4], bias, window), requested)
-    out, lse = fused.attention(*folded, bias, neighborhood=window, scale=scale, implementation=requested)
+    operands = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)] + [bias]
+    query, key, value, additional_keys, _, _ = operands
+    dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
+    out, lse = fused.attention(*operands, neighborhood=window, scale=scale, implementation=requested)
     out = out.reshape(*batch, *out.shape[1:])
     return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
 

@@ -132,7 +132,7 @@ def define(operation: Operation) -> Primitive:
         # exported and found in the persistent compilation cache (its Python callback prevents both).
         context = ctx.module_context.axis_context
         local = isinstance(context, mlir.SPMDAxisContext) or getattr(context, "num_devices", 1) == 1
-        run = functools.partial(call, **params)
+        run: Callable = functools.partial(call, **params)
         if not local:
             run = partitioned(operation.roles(params["present"]), run)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)

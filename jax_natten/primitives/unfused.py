@@ -172,7 +172,8 @@ def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
     result = pn(queries, *sides, fill_negative_infinity=fill_negative_infinity, **params)
     terms = []  # the tangent of a -inf slot is zero
     if _given(t_queries):
-        terms.append([pn(t_queries, *sides[:2], None, **params)])
+        keys, additional, _ = sides
+        terms.append([pn(t_queries, keys, additional, None, **params)])
     if _given(*t_sides):
         terms.append([pn(queries, *_instantiated(t_sides), **params)])
     return [result], _sum(terms, [result])

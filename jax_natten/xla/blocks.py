@@ -26,6 +26,7 @@ from jax import lax
 
 from jax_natten.neighborhood import Neighborhood
 from jax_natten.xla import tiling
+from jax_natten.xla.tiling import TiledAxis
 
 QUERIES, KEYS, ADDITIONAL, BIAS = "queries", "keys", "additional", "bias"
 
@@ -77,7 +78,7 @@ class Blocks:
         )
 
     @property
-    def axes(self) -> tuple[tiling.TiledAxis, ...]:
+    def axes(self) -> tuple[TiledAxis, ...]:
         return self.tiling.axes
 
     @property

@@ -73,7 +73,8 @@ def backward(
     def evaluate(block: Block, folded):
         q, k, v, extra_k, extra_v, table = _take(block, folded[:6])
         o, row_lse, d_o, d_row_lse = (block.take(QUERIES, x) for x in folded[6:])
-        local, extra = _weights(block, *_scores(block, q, k, extra_k, table, scale), row_lse)
+        scores, extra_scores = _scores(block, q, k, extra_k, table, scale)
+        local, extra = _weights(block, scores, extra_scores, row_lse)
         delta = (o * d_o).sum(-1, keepdims=True) - d_row_lse
         d_local = einsum("bnhgqd,bnhkd->bnhgqk", d_o, v) - delta
         d_local = jnp.where(block.mask, local * d_local, 0)
@@ -134,7 +135,8 @@ def tangent(
     def evaluate(block: Block, folded):
         q, k, v, extra_k, extra_v, table = _take(block, folded[:6])
         t_q, t_k, t_v, t_extra_k, t_extra_v, t_table = _take(block, folded[6:12])
-        local, extra = _weights(block, *_scores(block, q, k, extra_k, table, scale), block.take(QUERIES, folded[12]))
+        scores, extra_scores = _scores(block, q, k, extra_k, table, scale)
+        local, extra = _weights(block, scores, extra_scores, block.take(QUERIES, folded[12]))
         t_local, t_extra = (scale * (a + b) for a, b in zip(_products(t_q, k, extra_k), _products(q, t_k, t_extra_k)))
         t_local = jnp.where(block.mask, local * _plus(t_local, t_table), 0)
         t_extra = jnp.where(block.inside, extra * t_extra, 0)

@@ -63,7 +63,7 @@ class Tiling:
     ``head_block`` key and value heads, which divide their axes.
     """
 
-    axes: tuple[TiledAxis, TiledAxis, TiledAxis]
+    axes: tuple[TiledAxis, ...]
     batch_block: int
     group_block: int
     head_block: int
