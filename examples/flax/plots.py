@@ -22,7 +22,7 @@ def training(history: dict[str, list[float]], path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps, history["loss"], color="tab:blue", alpha=0.25, linewidth=0.8)
     left.plot(steps, _smooth(history["loss"]), color="tab:blue")
-    left.set(title="Training loss", xlabel="step", ylabel="cross entropy, smoothed labels", yscale="log")
+    left.set(title="Training loss", xlabel="step", ylabel="cross entropy, smoothed labels")
     right.plot(steps, _smooth(history["accuracy"]), color="tab:blue", label="training (shifted digits)")
     right.plot(history["test_step"], history["test_accuracy"], "o-", color="tab:orange", markersize=3, label="test")
     right.axhline(history["test_accuracy"][-1], color="tab:orange", linewidth=0.6, linestyle=":")
@@ -30,12 +30,12 @@ def training(history: dict[str, list[float]], path: Path) -> Path:
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     right.legend(loc="lower right")
     for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
+        axes.grid(alpha=0.3)
     return _save(figure, path)
 
 
 def predictions(test: tuple[np.ndarray, np.ndarray], logits: np.ndarray, path: Path) -> Path:
-    """The least certain right answers and all wrong ones among 24 digits, wrong ones first."""
+    """The 12 test digits whose true class got the lowest probabilities, then 12 others at random."""
     images, labels = test
     probabilities = np.asarray(jax.nn.softmax(logits))
     certainty = np.take_along_axis(probabilities, labels[:, None], 1)[:, 0]

@@ -29,7 +29,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
-EVALUATE_EVERY = 50
+EVALUATE_EVERY = 25
 
 
 def main(arguments: list[str] | None = None) -> float:
