@@ -57,7 +57,7 @@ struct UnfusedShape {
   int64_t batch = 0;
   int heads = 0, kv_heads = 0, dim = 0;
   int additional = 0;
-  int64_t bias_batch = 0;           // PN only
+  int64_t bias_batch = 0;               // PN only
   bool fill_negative_infinity = false;  // PN only: what a causal slot past the query holds; else zero
 
   JAX_NATTEN_HD int group() const { return heads / kv_heads; }
