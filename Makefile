@@ -35,7 +35,7 @@ gpu-test:
 	JAX_NATTEN_CUDA=ON $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --upgrade \
 	  --config-settings=build-dir=build/gpu-objects --target build/gpu .
 	PYTHONPATH=build/gpu $(PYTHON) -P -m jax_natten info
-	PYTHONPATH=build/gpu $(PYTHON) -P -m pytest -m gpu tests
+	PYTHONPATH=build/gpu $(PYTHON) -P -m pytest tests/gpu
 	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py
 
 bench: $(VENV)/.dev

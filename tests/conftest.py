@@ -11,18 +11,22 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Fresh random inputs in every run; the environment hands the same seed to every xdist worker.
 os.environ.setdefault("JAX_NATTEN_TEST_SEED", str(secrets.randbelow(2**31)))
 
-import hypothesis
 import pytest
 
-hypothesis.settings.register_profile(
-    "suite",
-    deadline=None,
-    max_examples=int(os.environ.get("JAX_NATTEN_TEST_EXAMPLES", "25")),
-    print_blob=True,
-    database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-hypothesis.settings.load_profile("suite")
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass  # `make gpu-test` runs tests/gpu where nothing can be installed; they do without it
+else:
+    hypothesis.settings.register_profile(
+        "suite",
+        deadline=None,
+        max_examples=int(os.environ.get("JAX_NATTEN_TEST_EXAMPLES", "25")),
+        print_blob=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("suite")
 
 
 def pytest_report_header(config):
