@@ -1,0 +1,162 @@
+"""What the benchmarks share: alternatives to compare with, timing, a check against float64, tables and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_natten
+from jax_natten import reference
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT.parent / "tests"))
+
+import problems  # noqa: E402  (the table of problems that tests and benchmarks share)
+
+
+def neighborhood(problem: problems.Problem) -> jax_natten.Neighborhood:
+    return jax_natten.Neighborhood.make(**problem.window, rank=problem.rank)
+
+
+def draw(problem: problems.Problem, dtype, seed: int) -> list[jax.Array]:
+    """query, key, value and the cotangent of the output, standard normal."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    heads = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
+    return [
+        jax.random.normal(key, (problem.batch, *problem.grid, h, problem.dim), dtype) for key, h in zip(keys, heads)
+    ]
+
+
+def ours(problem, implementation: str) -> Callable:
+    return lambda q, k, v: jax_natten.neighborhood_attention(q, k, v, **problem.window, implementation=implementation)
+
+
+def dense_mask(problem) -> Callable:
+    """All scores of all pairs, those outside the windows masked: what a user of plain JAX writes first."""
+    mask = jnp.asarray(reference.mask(neighborhood(problem), problem.grid))
+
+    def attention(q, k, v):
+        flat = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v)]
+        return jax.nn.dot_product_attention(*flat, mask=mask[None, None]).reshape(q.shape)
+
+    return attention
+
+
+def gather(problem) -> Callable:
+    """Every query gathers the keys and values of its window: no wasted products, prod(kernel_size) copies in memory."""
+    positions, valid = reference.slot_positions(neighborhood(problem), problem.grid)
+
+    def attention(q, k, v):
+        query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
+        scores = jnp.einsum("bxhd,bxshd->bxhs", query, key[:, positions]) * problem.dim**-0.5
+        weights = jax.nn.softmax(jnp.where(jnp.asarray(valid)[:, None], scores, -jnp.inf))
+        return jnp.einsum("bxhs,bxshd->bxhd", weights, value[:, positions]).reshape(q.shape)
+
+    return attention
+
+
+def with_gradients(attention: Callable) -> Callable:
+    """``(q, k, v, d_out) -> (out, dq, dk, dv)``."""
+
+    def run(q, k, v, d_out):
+        out, pullback = jax.vjp(attention, q, k, v)
+        return (out, *pullback(d_out))
+
+    return run
+
+
+def flops(problem) -> float:
+    """Useful floating-point operations of a forward; a backward counts 2.5 times that."""
+    return 4.0 * problem.batch * problem.heads * problem.dim * neighborhood(problem).pairs(problem.grid)
+
+
+def interleaved(candidates: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each candidate, measured in turns so that a disturbance meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def error(problem, arrays, out, count: int = 64) -> float:
+    """Relative error of an output on some random queries, against float64."""
+    rng = np.random.default_rng()
+    axes = neighborhood(problem).axes(problem.grid)
+    bounds = [axis.window_bounds() for axis in axes]
+    exact, got = [], []
+    for _ in range(count):
+        batch, head = rng.integers(problem.batch), rng.integers(problem.heads)
+        at = [int(rng.integers(n)) for n in problem.grid]
+        seen = [
+            x % axis.dilation + np.arange(begin[x], end[x]) * axis.dilation
+            for x, axis, (begin, end) in zip(at, axes, bounds)
+        ]
+        window = np.ix_(*seen)
+        kv_head = head // (problem.heads // problem.kv_heads)
+        q, k, v = arrays[0][batch, *at, head], *(x[batch, ..., kv_head, :][window] for x in arrays[1:3])
+        q, k, v = (np.asarray(x, np.float64).reshape(-1, problem.dim) for x in (q, k, v))
+        scores = (k @ q[0]) * problem.dim**-0.5
+        weights = np.exp(scores - scores.max())
+        exact.append(weights / weights.sum() @ v)
+        got.append(np.asarray(out[batch, *at, head], np.float64))
+    return float(np.linalg.norm(np.subtract(got, exact)) / np.linalg.norm(exact))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured with."""
+    device = jax.devices()[0]
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    return {
+        "device": kind,
+        "jax": jax.__version__,
+        "jax_natten": jax_natten.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def publish(rows: list[dict], path: Path) -> None:
+    """Prints rows as a table and writes them, with the machine, as CSV."""
+    columns = list(rows[0])
+    cells = [columns, *([_text(row[c]) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    facts = machine()
+    print("; ".join(f"{name} {value}" for name, value in facts.items()))
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *facts])
+        writer.writeheader()
+        writer.writerows([{k: _text(v) for k, v in row.items()} | facts for row in rows])
+
+
+def _text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
