@@ -117,8 +117,8 @@ def attention(operands: dict, window: dict, scale: float, d_out=None, d_lse=None
       window: ``Problem.window``.
 
     Returns:
-      ``(results, magnitudes)``: results ``out``, ``lse`` and ``d_<operand>``; and for the gradients that can cancel to
-      zero, the size of the terms that cancel.
+      ``(results, magnitudes)``: results ``out``, ``lse`` and ``d_<operand>``; and for the gradients the size of the
+      terms that they sum, which may cancel to zero.
     """
     stored = (lambda x: x) if storage is None else (lambda x: x.astype(storage).astype(compute))
     query, key, value = operands["query"], operands["key"], operands["value"]
@@ -133,7 +133,7 @@ def attention(operands: dict, window: dict, scale: float, d_out=None, d_lse=None
     backward = d_out is not None
     if backward:
         results |= {f"d_{name}": np.zeros(x.shape, compute) for name, x in operands.items() if x is not None}
-    magnitude = 0.0
+    score_terms = value_terms = 0.0
     if extra:
         more_keys, more_values = (
             np.moveaxis(operands[name], 2, 1).astype(compute) for name in ("additional_keys", "additional_values")
@@ -166,7 +166,8 @@ def attention(operands: dict, window: dict, scale: float, d_out=None, d_lse=None
         d_weights = stored((do @ v.swapaxes(-1, -2)).reshape(weights.shape))
         delta = (weights * d_weights).sum(-1, keepdims=True) - dl
         d_scores = weights * (d_weights - delta)
-        magnitude += float(np.sum((weights * (abs(d_weights) + abs(delta))).astype(np.float64) ** 2))
+        score_terms += float(np.sum((weights * (abs(d_weights) + abs(delta))).astype(np.float64) ** 2))
+        value_terms += float(np.sum(weights.astype(np.float64) ** 2))
         flat = np.asarray(scale, compute) * d_scores.reshape(rows)
         g.write(results["d_query"], flat @ k)
         d_k, d_v = flat.swapaxes(-1, -2) @ q, rounded.reshape(rows).swapaxes(-1, -2) @ do
@@ -183,17 +184,21 @@ def attention(operands: dict, window: dict, scale: float, d_out=None, d_lse=None
     results["lse"] = results["lse"][..., 0]
     magnitudes = {}
     if backward:
-        terms = math.sqrt(magnitude)
+        of_scores, of_values = math.sqrt(score_terms), math.sqrt(value_terms)
         for name, other in (("query", key), ("key", query), ("additional_keys", query)):
-            magnitudes[f"d_{name}"] = abs(scale) * terms * _typical_row(other)
-        magnitudes["d_rpb"] = terms
+            magnitudes[f"d_{name}"] = abs(scale) * of_scores * typical_row(other)
+        magnitudes["d_rpb"] = of_scores
+        magnitudes["d_value"] = magnitudes["d_additional_values"] = of_values * typical_row(d_out)
     for name in results:
-        if name != "lse" and name != "d_rpb":
+        if name == "d_rpb" and storage is not None:
+            results[name] = results[name].astype(rpb.dtype).astype(compute)
+        elif name != "lse":
             results[name] = stored(results[name])
     return results, magnitudes
 
 
-def _typical_row(x: np.ndarray) -> float:
+def typical_row(x: np.ndarray) -> float:
+    """Root mean square of the norms of the rows."""
     return float(np.sqrt(np.mean(np.sum(np.asarray(x, np.float64) ** 2, -1)))) if x.size else 0.0
 
 
@@ -259,14 +264,15 @@ def inverse(weights, queries, window, kv_heads, *, compute=np.float64, storage=N
     return (keys, additional) if storage is None else (keys.astype(storage), additional.astype(storage))
 
 
-def bias_gradient(weights, window, heads):
+def bias_gradient(weights, window, heads, *, compute=np.float64, storage=None):
     """Gradient of the relative position bias of QK: the sum of the scores' cotangent over pairs at one distance."""
     _, *grid, _, _ = weights.shape
     size = math.prod(window["kernel_size"])
-    table = np.zeros((heads, math.prod(2 * k - 1 for k in window["kernel_size"])), weights.dtype)
+    table = np.zeros((heads, math.prod(2 * k - 1 for k in window["kernel_size"])), compute)
     for group in groups(tuple(grid), *window.values()):
-        rows = _Grid(group, weights.dtype).read(weights, heads)[..., :size].sum(0)
+        rows = _Grid(group, compute).read(weights, heads)[..., :size].sum(0)
         index = np.take_along_axis(group.bias, group.slots, -1)
         for h in range(heads):
             np.add.at(table[h], index[group.valid], rows[h][group.valid])
-    return table.reshape(heads, *(2 * k - 1 for k in window["kernel_size"]))
+    table = table.reshape(heads, *(2 * k - 1 for k in window["kernel_size"]))
+    return table if storage is None else table.astype(storage)

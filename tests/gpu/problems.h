@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "../../cuda/common/params.h"
-#include "../../cuda/sm90/wide_launch.h"
 
 namespace jax_natten::driver {
 

@@ -1,10 +1,10 @@
 // Proves and times the sm_90 forward kernels on a GPU, without JAX.
 //
 //   sm90_driver --probe                    hardware behaviour that the kernels rely on
-//   sm90_driver --correctness [N [SEED [heads]]]   the hard problems, then N random ones, with random tile shapes
+//   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones, with random tile shapes
 //   sm90_driver --bench [NAME..]           the benchmark table
-//   sm90_driver --plan NAME q0,q1,q2 p0,p1,p2 k0,k1,k2 [late] [heads] [check]     one problem under one plan
-// "heads" uses the tensor maps that fold heads into channels, where they apply.
+//   sm90_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
+// PLAN: wide|warp:q0,q1,q2:p0,p1,p2:k0,k1,k2[:heads,slots,stages] (query tile, part, key tile)
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "../../cuda/sm90/forward.h"
+#include "../../cuda/sm90/wide_launch.h"
 #include "device_reference.cuh"
 #include "problems.h"
 #include "tma_probe.cuh"
@@ -21,8 +23,8 @@
 namespace jax_natten::driver {
 namespace {
 
-using sm90::TensorMapLayout;
-using sm90::WidePlan;
+using sm90::Plan;
+using sm90::Structure;
 
 template <typename Function>
 void with_type(DType dtype, Function function) {
@@ -144,86 +146,104 @@ double useful_flops(const FusedShape& shape) {
   return 4 * pairs * shape.batch * shape.heads * shape.dim;
 }
 
-template <typename Launch>
-void time_launch(Launch launch, float& best, float& mean) {
+std::string to_string(const Plan& plan) {
+  char text[128];
+  const auto three = [](const int (&x)[kMaxRank]) {
+    return std::to_string(x[0]) + "," + std::to_string(x[1]) + "," + std::to_string(x[2]);
+  };
+  std::snprintf(text, sizeof(text), "%s:%s:%s:%s:%d,%d,%d", plan.structure == Structure::kWide ? "wide" : "warp",
+                three(plan.query_tile).c_str(), three(plan.query_part).c_str(), three(plan.key_tile).c_str(),
+                plan.heads, plan.slots, plan.stages);
+  return text;
+}
+
+Plan parse_plan(const char* text) {
+  Plan plan;
+  char structure[8];
+  int *q = plan.query_tile, *p = plan.query_part, *k = plan.key_tile;
+  const int fields = std::sscanf(text, "%4s:%d,%d,%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", structure, q, q + 1, q + 2, p, p + 1,
+                                 p + 2, k, k + 1, k + 2, &plan.heads, &plan.slots, &plan.stages);
+  if (fields != 10 && fields != 13) {
+    std::printf("not a plan: %s\n", text);
+    std::exit(2);
+  }
+  plan.structure = std::strcmp(structure, "warp") ? Structure::kWide : Structure::kWarp;
+  return plan;
+}
+
+void launch(const Arrays& arrays, const Plan& plan) { CHECK_CUDA(sm90::launch(arrays.params, plan, nullptr)); }
+
+// Times plans in turns, so that clocks and temperature treat them alike, and prints the median of the rounds.
+void bench(Arrays& arrays, const std::string& name, std::vector<Plan> plans) {
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
-  const auto milliseconds = [&](int launches) {
+  const auto milliseconds = [&](const Plan& plan, int launches) {
     CHECK_CUDA(cudaEventRecord(begin));
-    for (int i = 0; i < launches; ++i) launch();
+    for (int i = 0; i < launches; ++i) launch(arrays, plan);
     CHECK_CUDA(cudaEventRecord(end));
     CHECK_CUDA(cudaDeviceSynchronize());
     float ms;
     CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
     return ms / launches;
   };
-  best = 1e9;
-  for (int i = 0; i < 5; ++i) best = std::min(best, milliseconds(1));
-  const int launches = std::max(3, std::min(50, int(30 / best)));
-  mean = milliseconds(launches);
+  const auto refused = [&](const Plan& plan) {
+    const char* reason = sm90::why_not(arrays.params, plan);
+    if (reason != nullptr) std::printf("%-20s %s: %s\n", name.c_str(), to_string(plan).c_str(), reason);
+    return reason != nullptr;
+  };
+  plans.erase(std::remove_if(plans.begin(), plans.end(), refused), plans.end());
+  constexpr int kRounds = 7;
+  std::vector<std::vector<float>> times(plans.size());
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < plans.size(); ++i) {
+      const float one = round == 0 ? milliseconds(plans[i], 2) : times[i][0];
+      times[i].push_back(milliseconds(plans[i], std::max(2, std::min(50, int(15 / one)))));
+    }
+  }
+  const double flops = useful_flops(arrays.params);
+  for (size_t i = 0; i < plans.size(); ++i) {
+    std::sort(times[i].begin(), times[i].end());
+    const float median = times[i][kRounds / 2];
+    std::printf("%-20s %-44s median %8.4f ms %6.1f TFLOP/s  best %8.4f ms %6.1f", name.c_str(),
+                to_string(plans[i]).c_str(), median, flops / median * 1e-9, times[i][0], flops / times[i][0] * 1e-9);
+    arrays.clear();
+    launch(arrays, plans[i]);
+    arrays.check([&] { launch(arrays, plans[i]); });
+    std::printf("\n");
+  }
   CHECK_CUDA(cudaEventDestroy(begin));
   CHECK_CUDA(cudaEventDestroy(end));
 }
 
-std::string to_string(const WidePlan& plan) {
-  char text[128];
-  std::snprintf(text, sizeof(text), "q%d.%d.%d p%d.%d.%d k%d.%d.%d %s%s", plan.query_tile[0], plan.query_tile[1],
-                plan.query_tile[2], plan.query_part[0], plan.query_part[1], plan.query_part[2], plan.key_tile[0],
-                plan.key_tile[1], plan.key_tile[2], plan.early_exponentials ? "early" : "late",
-                plan.layout == TensorMapLayout::kSlabs ? "" : " heads");
-  return text;
-}
-
-void launch(const Arrays& arrays, const WidePlan& plan) { CHECK_CUDA(sm90::launch_wide(arrays.params, plan, nullptr)); }
-
-void bench(Arrays& arrays, const std::string& name, const WidePlan& plan, bool check) {
-  if (const char* reason = sm90::why_not_wide_plan(arrays.params, plan)) {
-    std::printf("%-20s %s: %s\n", name.c_str(), to_string(plan).c_str(), reason);
-    return;
-  }
-  arrays.clear();
-  float best, mean;
-  time_launch([&] { launch(arrays, plan); }, best, mean);
-  const double flops = useful_flops(arrays.params);
-  std::printf("%-20s %-44s best %8.4f ms %6.1f TFLOP/s  mean %8.4f ms %6.1f", name.c_str(), to_string(plan).c_str(),
-              best, flops / best * 1e-9, mean, flops / mean * 1e-9);
-  if (check) arrays.check([&] { launch(arrays, plan); });
-  std::printf("\n");
-}
-
-WidePlan plan_of(std::vector<int> q, std::vector<int> part, std::vector<int> k) {
-  WidePlan plan;
-  std::copy(q.begin(), q.end(), plan.query_tile);
-  std::copy(part.begin(), part.end(), plan.query_part);
-  std::copy(k.begin(), k.end(), plan.key_tile);
-  return plan;
-}
-
-// The plans that the prototype was measured with.
-const std::map<std::string, WidePlan>& known_plans() {
-  static const std::map<std::string, WidePlan> plans = {
-      {"flux_s1", plan_of({1, 16, 8}, {1, 8, 8}, {1, 16, 8})},
-      {"flux_s16", plan_of({1, 16, 8}, {1, 8, 8}, {1, 16, 8})},
-      {"hunyuan_s1", plan_of({2, 8, 8}, {2, 4, 8}, {2, 8, 8})},
-      {"hunyuan_s16_8_8", plan_of({2, 8, 8}, {1, 8, 8}, {2, 8, 8})},
-      {"cosmos_s1", plan_of({16, 4, 2}, {16, 4, 1}, {16, 4, 2})},
-      {"cosmos_s1_8_16", plan_of({2, 4, 16}, {1, 4, 16}, {1, 8, 16})},
-      {"cosmos_w16_32_48", plan_of({16, 2, 4}, {16, 1, 4}, {16, 2, 4})},
-      {"cosmos2_s1_4_8", plan_of({4, 4, 8}, {2, 4, 8}, {4, 4, 8})},
-      {"seq32k_w2048", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"seq32k_w2048_s256", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"seq32k_w2048_causal", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"seq32k_gqa8", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"dense16k_d128", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"dense16k_d64", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"nat_56", plan_of({1, 8, 16}, {1, 8, 8}, {1, 9, 14})},
-      {"dinat_56_d8", plan_of({1, 8, 16}, {1, 8, 8}, {1, 16, 8})},
-      {"hdit_64_k13", plan_of({1, 8, 16}, {1, 8, 8}, {1, 6, 20})},
-      {"hdit_64_k13_d4", plan_of({1, 8, 16}, {1, 8, 8}, {1, 16, 8})},
-      {"seq4k_w127", plan_of({1, 1, 128}, {1, 1, 64}, {1, 1, 128})},
-      {"weather", plan_of({4, 4, 8}, {4, 2, 8}, {1, 8, 16})},
-      {"vae_k3_7_7", plan_of({4, 4, 8}, {4, 2, 8}, {1, 8, 16})},
+// Plans of the benchmark problems, found by measurement.
+const std::map<std::string, const char*>& known_plans() {
+  static const std::map<std::string, const char*> plans = {
+      {"flux_s1", "wide:1,16,8:1,8,8:1,16,8"},
+      {"flux_s16", "wide:1,16,8:1,8,8:1,16,8"},
+      {"hunyuan_s1", "wide:2,8,8:2,4,8:2,8,8"},
+      {"hunyuan_s16_8_8", "wide:2,8,8:1,8,8:2,8,8"},
+      {"cosmos_s1", "wide:16,4,2:16,4,1:16,4,2"},
+      {"cosmos_s1_8_16", "wide:2,4,16:1,4,16:1,8,16"},
+      {"cosmos_w16_32_48", "wide:16,2,4:16,1,4:16,2,4"},
+      {"cosmos2_s1_4_8", "wide:4,4,8:2,4,8:4,4,8"},
+      {"seq32k_w2048", "wide:1,1,128:1,1,64:1,1,128"},
+      {"seq32k_w2048_s256", "wide:1,1,128:1,1,64:1,1,128"},
+      {"seq32k_w2048_causal", "wide:1,1,128:1,1,64:1,1,128"},
+      {"seq32k_gqa8", "wide:1,1,128:1,1,64:1,1,128"},
+      {"dense16k_d128", "wide:1,1,128:1,1,64:1,1,128"},
+      {"dense16k_d64", "wide:1,1,128:1,1,64:1,1,128"},
+      {"nat_56", "warp:1,28,4:1,4,4:1,34,10:1,2,2"},
+      {"nat_28", "warp:1,28,4:1,4,4:1,28,10:1,2,2"},
+      {"nat_14", "warp:1,14,7:1,2,7:1,14,13:1,2,2"},
+      {"nat_7", "warp:1,8,7:1,2,7:1,7,7:1,2,2"},
+      {"dinat_56_d8", "warp:1,8,8:1,4,4:1,7,7:2,2,2"},
+      {"dinat_28_d4", "warp:1,8,8:1,4,4:1,7,7:2,2,2"},
+      {"hdit_64_k13", "warp:1,8,8:1,4,4:1,4,20:1,2,2"},
+      {"hdit_64_k13_d4", "warp:1,8,8:1,4,4:1,4,16:1,2,2"},
+      {"seq4k_w127", "wide:1,1,128:1,1,64:1,1,128"},
+      {"weather", "warp:2,10,12:2,2,4:1,16,18:1,2,4"},
+      {"vae_k3_7_7", "warp:2,8,8:2,2,4:1,14,14:1,2,3"},
   };
   return plans;
 }
@@ -234,13 +254,7 @@ void run_bench(const std::vector<std::string>& names) {
     const auto known = known_plans().find(problem.name);
     if (known == known_plans().end()) continue;
     Arrays arrays(problem.shape);
-    for (const bool early : {true, false}) {
-      WidePlan plan = known->second;
-      plan.early_exponentials = early;
-      bench(arrays, problem.name, plan, early);
-      plan.layout = TensorMapLayout::kHeadsInChannels;
-      if (early) bench(arrays, problem.name, plan, false);
-    }
+    bench(arrays, problem.name, {parse_plan(known->second)});
   }
 }
 
@@ -261,16 +275,31 @@ std::vector<int> random_tile(std::mt19937& random, int rank, int most) {
   return tile;
 }
 
-WidePlan random_plan(std::mt19937& random, const FusedShape& shape) {
+Plan random_plan(std::mt19937& random, const FusedShape& shape) {
   const int rank = shape.neighborhood.rank;
-  const int keys = sm90::wide_compiled_dim(shape.dim) <= 128   ? 128
-                   : sm90::wide_compiled_dim(shape.dim) == 192 ? 96
-                                                               : 64;
-  const std::vector<int> part = random_tile(random, rank, 64), key = random_tile(random, rank, keys);
-  std::vector<int> query = part;
-  query[3 - 1 - random() % rank] *= 2;
-  WidePlan plan = plan_of(query, part, key);
-  plan.early_exponentials = random() % 4 != 0;
+  Plan plan;
+  const auto set = [](int (&tile)[kMaxRank], const std::vector<int>& from) {
+    std::copy(from.begin(), from.end(), tile);
+  };
+  if (shape.dim <= 64 && random() % 2) {
+    plan.structure = Structure::kWarp;
+    plan.heads = shape.dim == 32 && shape.group() == 1 && shape.heads % 2 == 0 && random() % 2 ? 2 : 1;
+    plan.slots = 1 + random() % 4;
+    plan.stages = 1 + random() % 4;
+    for (int attempt = 0; attempt < 100; ++attempt) {
+      set(plan.query_part, random_tile(random, rank, 16));
+      set(plan.query_tile, random_tile(random, rank, 10 / plan.heads));
+      for (int a = 0; a < kMaxRank; ++a) plan.query_tile[a] *= plan.query_part[a];
+      set(plan.key_tile, random_tile(random, rank, 100 + random() % 400));
+      if (sm90::why_not(shape, plan) == nullptr) return plan;
+    }
+    plan = Plan();
+  }
+  const int dim = sm90::wide_compiled_dim(shape.dim);
+  set(plan.query_part, random_tile(random, rank, 64));
+  set(plan.key_tile, random_tile(random, rank, dim <= 128 ? 128 : dim == 192 ? 96 : 64));
+  std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
+  plan.query_tile[kMaxRank - 1 - random() % rank] *= 2;
   return plan;
 }
 
@@ -310,8 +339,8 @@ std::string describe(const FusedShape& shape) {
   return text + " scale " + std::to_string(shape.scale);
 }
 
-bool check_problem(const Problem& problem, const WidePlan& plan) {
-  if (const char* reason = sm90::why_not_wide_plan(problem.shape, plan)) {
+bool check_problem(const Problem& problem, const Plan& plan) {
+  if (const char* reason = sm90::why_not(problem.shape, plan)) {
     std::printf("%-18s refused: %s\n", problem.name.c_str(), reason);
     return true;
   }
@@ -331,13 +360,11 @@ bool check_problem(const Problem& problem, const WidePlan& plan) {
   return good;
 }
 
-int run_correctness(int count, unsigned seed, TensorMapLayout layout) {
+int run_correctness(int count, unsigned seed) {
   std::mt19937 random(seed);
   int wrong = 0, total = 0;
   const auto check = [&](const Problem& problem) {
-    WidePlan plan = random_plan(random, problem.shape);
-    plan.layout = layout;
-    wrong += !check_problem(problem, plan);
+    wrong += !check_problem(problem, random_plan(random, problem.shape));
     ++total;
   };
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -354,12 +381,6 @@ int run_correctness(int count, unsigned seed, TensorMapLayout layout) {
   return wrong != 0;
 }
 
-std::vector<int> parse_three(const char* text) {
-  std::vector<int> v(3, 1);
-  if (std::sscanf(text, "%d,%d,%d", &v[0], &v[1], &v[2]) != 3) std::exit(2);
-  return v;
-}
-
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   cudaDeviceProp properties;
@@ -369,25 +390,19 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "--probe") return run_probe();
   if (mode == "--correctness") {
-    return run_correctness(argc > 2 ? std::atoi(argv[2]) : 200, argc > 3 ? std::atoi(argv[3]) : 0,
-                           argc > 4 ? TensorMapLayout::kHeadsInChannels : TensorMapLayout::kSlabs);
+    return run_correctness(argc > 2 ? std::atoi(argv[2]) : 200, argc > 3 ? std::atoi(argv[3]) : 0);
   }
   if (mode == "--bench") {
     run_bench({argv + 2, argv + argc});
     return 0;
   }
-  if (mode == "--plan" && argc >= 6) {
+  if (mode == "--plan" && argc >= 4) {
     for (const Problem& problem : bench_problems()) {
       if (problem.name != argv[2]) continue;
       Arrays arrays(problem.shape);
-      WidePlan plan = plan_of(parse_three(argv[3]), parse_three(argv[4]), parse_three(argv[5]));
-      bool check = false;
-      for (int i = 6; i < argc; ++i) {
-        if (!std::strcmp(argv[i], "late")) plan.early_exponentials = false;
-        if (!std::strcmp(argv[i], "heads")) plan.layout = TensorMapLayout::kHeadsInChannels;
-        if (!std::strcmp(argv[i], "check")) check = true;
-      }
-      bench(arrays, problem.name, plan, check);
+      std::vector<Plan> plans;
+      for (int i = 3; i < argc; ++i) plans.push_back(parse_plan(argv[i]));
+      bench(arrays, problem.name, plans);
     }
     return 0;
   }

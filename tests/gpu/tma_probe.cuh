@@ -76,13 +76,11 @@ inline int run_probe() {
     CHECK_CUDA(cudaMemcpy(data, host.data(), 2 * count, cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(target, 0, 2 * count));
     const int chunk = c.dim > 32 ? 64 : 32, batch = 1, head = 2;
-    const sm90::TensorBox box = {chunk, {c.box[0], c.box[1], c.box[2]}};
-    const auto layout = sm90::TensorMapLayout::kSlabs;
+    const sm90::TensorBox box = {chunk, 1, {c.box[0], c.box[1], c.box[2]}};
     ProbeArguments arguments;
-    const cudaError_t encoded[] = {
-        sm90::encode_tensor_map(&arguments.load, shape, data, 3, c.dim, box, short_groups, layout),
-        sm90::encode_tensor_map(&arguments.store, shape, target, 3, c.dim, box, short_groups, layout)};
-    const sm90::SlabAddress address = sm90::slab_address(shape.neighborhood, 3, c.dim, layout);
+    const cudaError_t encoded[] = {sm90::encode_tensor_map(&arguments.load, shape, data, 3, box, short_groups),
+                                   sm90::encode_tensor_map(&arguments.store, shape, target, 3, box, short_groups)};
+    const sm90::SlabAddress address = sm90::slab_address(shape.neighborhood, 3);
     QueryTile tile = {};
     tile.batch = batch;
     for (int a = 0; a < kMaxRank; ++a) {
