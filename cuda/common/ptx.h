@@ -115,6 +115,15 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t a, ui
                : "memory");
 }
 
+__device__ __forceinline__ uint4 load_vector(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // ---- arithmetic
 
 __device__ __forceinline__ float exp2_approximate(float x) {

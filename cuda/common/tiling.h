@@ -41,6 +41,12 @@ JAX_NATTEN_HD Interval window(const TiledAxis& axis, int i, int length) {
   return window_of_block(axis, block, i, length);
 }
 
+// The same on an axis without stride and causality.
+JAX_NATTEN_HD Interval plain_window(const TiledAxis& axis, int i, int length) {
+  const int begin = imin(imax(i - axis.window / 2, 0), length - axis.window);
+  return {begin, begin + axis.window};
+}
+
 // Keys that some query of first..last sees, and keys that all of them see (possibly none: end <= begin).
 struct Span {
   Interval any, all;

@@ -22,15 +22,9 @@ EncodeTiled find_encoder() {
 
 }  // namespace
 
-SlabAddress slab_address(const Neighborhood& neighborhood, int heads, int dim, TensorMapLayout layout) {
+SlabAddress slab_address(const Neighborhood& neighborhood, int heads) {
   const Axis* axes = neighborhood.axes;
   SlabAddress address;
-  if (layout == TensorMapLayout::kHeadsInChannels) {
-    address.channel_per_head = dim;
-    address.per_head = 0;
-    address.per_batch = 1;
-    return address;
-  }
   address.per_phase[2] = heads;
   address.per_phase[1] = axes[2].length * address.per_phase[2];
   address.per_phase[0] = axes[1].length * address.per_phase[1];
@@ -38,17 +32,17 @@ SlabAddress slab_address(const Neighborhood& neighborhood, int heads, int dim, T
   return address;
 }
 
-cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads, int dim,
-                              const TensorBox& box, int short_groups, TensorMapLayout layout) {
+cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads,
+                              const TensorBox& box, int short_groups) {
   const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   const Axis* axes = shape.neighborhood.axes;
   constexpr cuuint64_t kElementBytes = 2;
   cuuint64_t size[5], stride[4];
   cuuint32_t extent[5], element_stride[5] = {1, 1, 1, 1, 1};
+  size[0] = cuuint64_t(shape.dim) * box.heads;
   extent[0] = box.channels;
-  extent[4] = 1;
-  cuuint64_t position = kElementBytes * heads * dim;  // bytes from one position to the next on the axis
+  cuuint64_t position = kElementBytes * heads * shape.dim;  // bytes from one position to the next on the axis
   for (int a = kMaxRank - 1; a >= 0; --a) {
     const int d = kMaxRank - a;  // dimension of the map
     size[d] = group_length(axes[a], short_groups >> a & 1 ? axes[a].dilation - 1 : 0);
@@ -56,15 +50,9 @@ cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const v
     extent[d] = box.queries[a];
     position *= axes[a].length;
   }
-  if (layout == TensorMapLayout::kSlabs) {
-    size[0] = dim;
-    size[4] = cuuint64_t(shape.batch) * shape.neighborhood.positions() * heads;
-    stride[3] = kElementBytes * dim;
-  } else {
-    size[0] = cuuint64_t(heads) * dim;
-    size[4] = shape.batch;
-    stride[3] = position;
-  }
+  size[4] = cuuint64_t(shape.batch) * shape.neighborhood.positions() * heads;
+  stride[3] = kElementBytes * shape.dim;
+  extent[4] = 1;
   const CUresult result =
       encode(map, shape.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
              5, const_cast<void*>(data), size, stride, extent, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,

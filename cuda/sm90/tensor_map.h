@@ -16,34 +16,28 @@ namespace jax_natten::sm90 {
 // heads need no dimension of their own, elements outside a dilation group or past the head dimension read as zeros, and
 // stores there are dropped.
 struct SlabAddress {
-  int per_batch = 0, per_head = 1, per_phase[kMaxRank] = {0, 0, 0};
-  int channel_per_head = 0;  // TensorMapLayout::kHeadsInChannels
+  int per_batch = 0, per_phase[kMaxRank] = {0, 0, 0};
 
   template <int kRank>
   JAX_NATTEN_HD int slab(const QueryTile& tile, int head) const {
-    int slab = tile.batch * per_batch + head * per_head;
+    int slab = tile.batch * per_batch + head;
     JAX_NATTEN_UNROLL
     for (int a = kMaxRank - kRank; a < kMaxRank; ++a) slab += tile.phase[a] * per_phase[a];
     return slab;
   }
 };
 
-enum class TensorMapLayout {
-  kSlabs,
-  // Dimensions (heads dim, x2, x1, x0, batch): without dilation and padding.
-  kHeadsInChannels,
-};
-
-SlabAddress slab_address(const Neighborhood& neighborhood, int heads, int dim, TensorMapLayout layout);
+SlabAddress slab_address(const Neighborhood& neighborhood, int heads);
 
 struct TensorBox {
   int channels;           // per row: one swizzle span of 32 or 64 elements
+  int heads;              // neighboring heads whose channels make a row
   int queries[kMaxRank];  // or keys
 };
 
 // Encodes a map whose group along axis a is a short one (the group of the last phase) if bit a of `short_groups` is
 // set.
-cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads, int dim,
-                              const TensorBox& box, int short_groups, TensorMapLayout layout);
+cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads,
+                              const TensorBox& box, int short_groups);
 
 }  // namespace jax_natten::sm90

@@ -2,8 +2,6 @@
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d128(DType dtype, int rank, bool early_exponentials) {
-  return wide_instance_of<128>(dtype, rank, early_exponentials);
-}
+WideInstance wide_d128(DType dtype, int rank) { return wide_instance<128>(dtype, rank); }
 
 }  // namespace jax_natten::sm90

@@ -2,8 +2,6 @@
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d96(DType dtype, int rank, bool early_exponentials) {
-  return wide_instance_of<96>(dtype, rank, early_exponentials);
-}
+WideInstance wide_d96(DType dtype, int rank) { return wide_instance<96>(dtype, rank); }
 
 }  // namespace jax_natten::sm90

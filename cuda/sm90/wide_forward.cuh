@@ -23,22 +23,18 @@ namespace jax_natten::sm90 {
 // What the producer tells the consumers about a query tile.
 struct WideRecord {
   QueryTile tile;
-  int channel, slab;  // of the output boxes
+  int slab;  // of its boxes, and row of lse at in-group position (0, 0, 0)
   int map;
   int has_tile;  // 0: no more tiles
-  int row;       // of lse, at in-group position (0, 0, 0)
 };
 
-template <typename T_, int kDim_, int kRank_, bool kEarlyExponentials_>
+template <typename T_, int kDim_, int kRank_>
 struct WideTraits {
   using T = T_;
-  // Whether a tile's exponentials must be issued before the wait for the previous tile's p V (else ptxas delays them).
-  static constexpr bool kEarlyExponentials = kEarlyExponentials_;
   static constexpr int kDim = kDim_, kRank = kRank_;
   static constexpr WideShape kShape = wide_shape(kDim);
   static constexpr int kKeys = kShape.keys, kStages = kShape.stages, kSlots = kShape.query_slots;
   static constexpr int kChunk = kShape.chunk, kChunks = kShape.chunks(), kRowBytes = kShape.row_bytes();
-  static constexpr int kRecords = 2 * kSlots;  // a record is read until the end of its tile's successor's first tile
   static_assert(kKeys % 16 == 0 && kKeys <= kMaxKeyColumns, "a mask word holds at most 128 columns");
   static_assert(kKeys * kRowBytes % 1024 == 0, "every stage must begin at a whole swizzle pattern");
 
@@ -47,7 +43,7 @@ struct WideTraits {
     alignas(1024) uint8_t key[kStages][kChunks][kKeys * kRowBytes];
     alignas(1024) uint8_t value[kStages][kChunks][kKeys * kRowBytes];
     uint32_t mask_table[kMaxKeyMaskWords];
-    WideRecord records[kRecords];
+    WideRecord records[kSlots];
     uint64_t query_full[kSlots], query_empty[kSlots];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
@@ -65,13 +61,12 @@ struct WideProducer {
   Shared& smem;
   RingPosition<Traits::kSlots> slot{1};  // parity 1 passes on fresh barriers
   RingPosition<Traits::kStages> stage{1};
-  RingPosition<Traits::kRecords> record{0};
 
   __device__ void run() {
     for (int index = blockIdx.x; index < params.schedule.tiles; index += gridDim.x) {
       const QueryTile tile = decode_query_tile<kRank>(params.schedule, index);
       if (tile.empty()) continue;
-      const TensorMaps& maps = params.maps[map_variant(tile)];
+      const TensorMaps& maps = params.maps[map_variant<kRank>(params, tile)];
       load_queries(tile, maps);
       load_keys_and_values(tile, maps);
     }
@@ -79,27 +74,12 @@ struct WideProducer {
   }
 
  private:
-  __device__ int map_variant(const QueryTile& tile) const {
-    int variant = 0;
-#pragma unroll
-    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) variant |= (tile.phase[a] >= params.long_phases[a]) << a;
-    return variant;
-  }
-
   __device__ void load_queries(const QueryTile& tile, const TensorMaps& maps) {
     const TiledAxis* axes = params.schedule.axes;
-    const int channel = tile.head * params.query_address.channel_per_head;
     const int slab = params.query_address.slab<kRank>(tile, tile.head);
     ptx::barrier_wait(&smem.query_empty[slot.index], slot.parity);
 
-    WideRecord& out = smem.records[record.index];
-    out.tile = tile;
-    out.channel = channel;
-    out.slab = slab;
-    out.map = map_variant(tile);
-    out.has_tile = 1;
-    out.row = params.row_address.slab<kRank>(tile, tile.head);
-
+    smem.records[slot.index] = {tile, slab, map_variant<kRank>(params, tile), 1};
     uint64_t* full = &smem.query_full[slot.index];
     const int rows = axes[0].query_part * axes[1].query_part * axes[2].query_part;
     ptx::barrier_arrive_expecting(full, kWideGroups * rows * Traits::kChunks * Traits::kRowBytes);
@@ -109,19 +89,17 @@ struct WideProducer {
       query_part_offset(axes, group, offset);
 #pragma unroll
       for (int c = 0; c < Traits::kChunks; ++c) {
-        ptx::tma_load(ptx::shared_address(smem.query[slot.index][group][c]), &maps.query, full,
-                      channel + c * Traits::kChunk, tile.query[2] + offset[2], tile.query[1] + offset[1],
-                      tile.query[0] + offset[0], slab, ptx::CachePolicy::kEvictFirst);
+        ptx::tma_load(ptx::shared_address(smem.query[slot.index][group][c]), &maps.query, full, c * Traits::kChunk,
+                      tile.query[2] + offset[2], tile.query[1] + offset[1], tile.query[0] + offset[0], slab,
+                      ptx::CachePolicy::kEvictFirst);
       }
     }
     slot.advance();
-    record.advance();
   }
 
   __device__ void load_keys_and_values(const QueryTile& tile, const TensorMaps& maps) {
     const TiledAxis* axes = params.schedule.axes;
     const int head = params.schedule.by_group.quotient(tile.head);
-    const int channel = head * params.key_address.channel_per_head;
     const int slab = params.key_address.slab<kRank>(tile, head);
     const int bytes = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kChunks * Traits::kRowBytes;
     KeyTileCursor<kRank> cursor;
@@ -135,8 +113,8 @@ struct WideProducer {
         ptx::barrier_arrive_expecting(full, bytes);
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
-          ptx::tma_load(ptx::shared_address(destination[c]), &map, full, channel + c * Traits::kChunk, x[2], x[1], x[0],
-                        slab, ptx::CachePolicy::kEvictLast);
+          ptx::tma_load(ptx::shared_address(destination[c]), &map, full, c * Traits::kChunk, x[2], x[1], x[0], slab,
+                        ptx::CachePolicy::kEvictLast);
         }
       };
       load(maps.key, smem.key[stage.index], &smem.key_full[stage.index], &smem.key_empty[stage.index]);
@@ -147,7 +125,7 @@ struct WideProducer {
 
   __device__ void finish() {
     ptx::barrier_wait(&smem.query_empty[slot.index], slot.parity);
-    smem.records[record.index].has_tile = 0;
+    smem.records[slot.index].has_tile = 0;
     ptx::barrier_arrive(&smem.query_full[slot.index]);
   }
 };
@@ -189,13 +167,12 @@ struct WideConsumer {
   __device__ void run() {
     RingPosition<Traits::kSlots> slot(0);
     RingPosition<Traits::kStages> stage(0);
-    RingPosition<Traits::kRecords> record(0);
     int unreleased_slot = -1;                   // whose output may still be on its way to memory
     if (group == kWideGroups - 1) pass_turn();  // the first turn is warpgroup 0's
 
     for (;;) {
       ptx::barrier_wait(&smem.query_full[slot.index], slot.parity);
-      const WideRecord& tile = smem.records[record.index];
+      const WideRecord& tile = smem.records[slot.index];
       if (!tile.has_tile) break;
       if (params.has_query_factor) scale_queries(slot.index);
 
@@ -210,7 +187,6 @@ struct WideConsumer {
       unreleased_slot = slot.index;
       if (Traits::kSlots == 1) release_slot(unreleased_slot);
       slot.advance();
-      record.advance();
     }
     if (warp == 0 && lane == 0) ptx::tma_store_wait_read();  // shared memory must outlive the stores
   }
@@ -235,10 +211,9 @@ struct WideConsumer {
   // Hands a query slot back to the producer once its output has left shared memory.
   __device__ __forceinline__ void release_slot(int& slot) {
     if (slot < 0) return;
-    if (warp == 0 && lane == 0) {
-      ptx::tma_store_wait_read();
-      ptx::barrier_arrive(&smem.query_empty[slot]);
-    }
+    if (warp == 0 && lane == 0) ptx::tma_store_wait_read();
+    __syncwarp();
+    release(&smem.query_empty[slot]);
     slot = -1;
   }
 
@@ -373,7 +348,8 @@ struct WideConsumer {
         ptx::pin(scores);
         release(&smem.key_empty[stage.index]);
         const bool grew = exponentiate(scores);
-        if (Traits::kEarlyExponentials) ptx::schedule_after(softmax.sum[0] + softmax.sum[1]);
+        // ptxas would move the exponentials behind the wait below: better so but for small head dimensions.
+        if (kDim <= 64) ptx::schedule_after(softmax.sum[0] + softmax.sum[1]);
 
         ptx::wgmma_wait<0>();  // p V
         ptx::pin(out);
@@ -440,7 +416,7 @@ struct WideConsumer {
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
           ptx::tma_store(&params.maps[record.map].out, ptx::shared_address(smem.query[slot][group][c]),
-                         record.channel + c * Traits::kChunk, part.query[2], part.query[1], part.query[0], record.slab);
+                         c * Traits::kChunk, part.query[2], part.query[1], part.query[0], record.slab);
         }
       }
       ptx::tma_store_commit();
@@ -449,7 +425,7 @@ struct WideConsumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       bool inside = lane % 4 == i && row_in_part(i) < axes[0].query_part * axes[1].query_part * axes[2].query_part;
-      int at = record.row;
+      int at = record.slab;
 #pragma unroll
       for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
         const int x = part.query[a] + row_x[i][a];
@@ -468,7 +444,7 @@ __device__ __forceinline__ void set_up(const WideParams& params, typename Traits
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kSlots; ++i) {
       ptx::barrier_init(&smem.query_full[i], 1);
-      ptx::barrier_init(&smem.query_empty[i], kWideGroups);
+      ptx::barrier_init(&smem.query_empty[i], 4 * kWideGroups);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       ptx::barrier_init(&smem.key_full[i], 1);
@@ -491,9 +467,9 @@ __device__ __forceinline__ void set_up(const WideParams& params, typename Traits
   ptx::async_proxy_fence();
 }
 
-template <typename T, int kDim, int kRank, bool kEarlyExponentials>
+template <typename T, int kDim, int kRank>
 __global__ void __launch_bounds__(kWideThreads, 1) wide_forward(const __grid_constant__ WideParams params) {
-  using Traits = WideTraits<T, kDim, kRank, kEarlyExponentials>;
+  using Traits = WideTraits<T, kDim, kRank>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<typename Traits::Shared*>(shared_memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, and known to be

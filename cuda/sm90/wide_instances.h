@@ -6,11 +6,11 @@
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d32(DType dtype, int rank, bool early_exponentials);
-WideInstance wide_d64(DType dtype, int rank, bool early_exponentials);
-WideInstance wide_d96(DType dtype, int rank, bool early_exponentials);
-WideInstance wide_d128(DType dtype, int rank, bool early_exponentials);
-WideInstance wide_d192(DType dtype, int rank, bool early_exponentials);
-WideInstance wide_d256(DType dtype, int rank, bool early_exponentials);
+WideInstance wide_d32(DType dtype, int rank);
+WideInstance wide_d64(DType dtype, int rank);
+WideInstance wide_d96(DType dtype, int rank);
+WideInstance wide_d128(DType dtype, int rank);
+WideInstance wide_d192(DType dtype, int rank);
+WideInstance wide_d256(DType dtype, int rank);
 
 }  // namespace jax_natten::sm90

@@ -1,14 +1,9 @@
 // What the "wide" kernel (wide_forward.cuh) is compiled for and told.
 #pragma once
 
-#include <cuda.h>
-
 #include <cstddef>
-#include <cstdint>
 
-#include "../common/key_mask.h"
-#include "../common/tiling.h"
-#include "tensor_map.h"
+#include "forward_params.h"
 
 namespace jax_natten::sm90 {
 
@@ -37,27 +32,8 @@ constexpr int kWideGroups = 2;      // consumer warpgroups
 constexpr int kWideGroupRows = 64;  // queries of each
 constexpr int kWideThreads = 128 * (kWideGroups + 1);
 
-// The last position of a dilation group may be missing in some groups; each combination of longer and shorter groups
-// has its own maps. Bit a of the index: group of axis a is a short one.
-constexpr int kMaxMapVariants = 1 << kMaxRank;
-
-struct TensorMaps {
-  CUtensorMap query, key, value, out;
-};
-
-struct WideParams {
-  TensorMaps maps[kMaxMapVariants];
-  TileSchedule schedule;
-  SlabAddress query_address, key_address, row_address;
-  int long_phases[kMaxRank];  // groups with phase >= this are short ones
-  KeyMaskLayout mask_layout;
-  bool padded;             // key tiles have fewer keys than columns
-  float* lse;              // [batch, X, heads]
-  int row_step[kMaxRank];  // elements of lse between neighboring in-group positions of an axis
-  float scale;             // > 0, in powers of two
-  uint32_t query_factor;   // pair of T that queries are multiplied with first; 0: none. Carries the sign of the scale.
-  bool has_query_factor;
-  uint32_t mask_table[kMaxKeyMaskWords];
+struct WideParams : ForwardParams {
+  bool padded;  // key tiles have fewer keys than columns
 };
 
 using WideKernel = void (*)(WideParams);

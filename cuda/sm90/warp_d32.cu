@@ -1,0 +1,9 @@
+#include "warp_instances.cuh"
+
+namespace jax_natten::sm90 {
+
+WarpKernel warp_d32(DType dtype, int list, int heads, int rank) {
+  return heads == 2 ? warp_instance<32, 2>(dtype, list, rank) : warp_instance<32, 1>(dtype, list, rank);
+}
+
+}  // namespace jax_natten::sm90
