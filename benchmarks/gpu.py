@@ -1,15 +1,19 @@
-"""Times implementations on a GPU beside attention under a dense mask, as XLA runs it.
+"""Times implementations on a GPU, fused attention beside attention under a dense mask as XLA runs it.
 
-    python benchmarks/gpu.py [--groups small unfused] [--implementations naive xla] [--dtype bfloat16] [--csv FILE]
+    python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
 
 A time is that of one call in a chain of calls inside one jitted function, each fed by the one before: launches overlap
-with the work of the call before, as in a model. Bandwidth counts every tensor once. Outputs are checked in the same run
-against float64 on random queries, gradients against those of "xla".
+with the work of the call before, as in a model. Rates are those of the first implementation. Useful operations are
+those of the pairs inside windows, bandwidth counts every tensor once, and both are given as fractions of the device's
+peak (tensor cores, dense, for 16-bit types). Results are checked in the same run: outputs against float64 on random
+rows, fused gradients against those of "xla" in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,14 +22,22 @@ import numpy as np
 import report
 from report import problems
 
+import jax_natten
+
 CALLS = 10  # per chain
 DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
+# Vendor's figures by jax.Device.device_kind: bytes per second, and operations per second by bytes of the dtype.
+PEAKS = {
+    "NVIDIA A100-SXM4-80GB": (2.04e12, {2: 312e12, 4: 19.5e12, 8: 9.7e12}),
+    "NVIDIA H100 80GB HBM3": (3.35e12, {2: 989e12, 4: 66.9e12, 8: 33.5e12}),
+    "NVIDIA H200": (4.8e12, {2: 989e12, 4: 66.9e12, 8: 33.5e12}),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="*", default=["small"], choices=["small", "unfused", "large"])
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--groups", nargs="*", default=["small", "unfused"], choices=["small", "unfused", "large"])
+    parser.add_argument("--only", nargs="*", help="names of problems in tests/problems.py")
     parser.add_argument("--implementations", nargs="*", default=["naive"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
@@ -34,43 +46,100 @@ def main() -> None:
     tables = {"small": problems.SMALL, "unfused": problems.UNFUSED, "large": problems.LARGE}
     rows = []
     for group in arguments.groups:
+        compare = compare_unfused if group == "unfused" else compare_fused
         for problem in tables[group].values():
             if not arguments.only or problem.name in arguments.only:
-                rows += compare(problem, arguments.implementations, jnp.dtype(arguments.dtype), arguments.repeats)
-                print(rows[-1], flush=True)
+                for row in compare(problem, arguments.implementations, jnp.dtype(arguments.dtype), arguments.repeats):
+                    print(row, flush=True)
+                    rows.append(row)
     name = jax.devices()[0].device_kind.lower().replace(" ", "_")
     report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}_{arguments.dtype}.csv")
 
 
-def compare(problem, implementations, dtype, repeats: int) -> list[dict]:
+def compare_fused(problem, implementations, dtype, repeats: int):
+    """A row for the forward and one for forward and backward."""
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
-    if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT and problem.heads == problem.kv_heads:
+    if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
         attentions["dense"] = report.dense_mask(problem)
-    row_bytes = arrays[0].nbytes + arrays[1].nbytes
-    rows = []
-    for direction, work, moved in (("forward", 1.0, 2 * row_bytes), ("forward+backward", 3.5, 6 * row_bytes)):
-        step = forward_step if work == 1 else gradient_step
-        candidates, notes = {}, {}
-        for name, attention in attentions.items():
-            try:
-                compiled = jax.jit(chain(step(attention))).lower(*arrays).compile()
-                jax.block_until_ready(compiled(*arrays))
-                candidates[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
-            except jax.errors.JaxRuntimeError as failure:
-                notes[name] = str(failure).split(":")[0].lower()
-        error = check(problem, arrays, attentions[implementations[0]], gradients=work > 1)
-        seconds = {name: value / CALLS for name, value in report.interleaved(candidates, repeats).items()}
-        first = implementations[0]
-        rows.append(
-            {"problem": problem.name, "direction": direction}
-            | {f"{name} ms": 1e3 * seconds[name] if name in seconds else notes[name] for name in attentions}
-            | ({} if "dense" in attentions else {"dense ms": "too large"})
-            | {"dense / " + first: seconds["dense"] / seconds[first] if "dense" in seconds else "-"}
-            | {"useful TFLOP/s": work * report.flops(problem) / seconds[first] / 1e12}
-            | {"GB/s": moved / seconds[first] / 1e9, "error": error}
-        )
-    return rows
+    lse_bytes = 4 * math.prod(arrays[0].shape[:-1])
+    qkv_bytes = sum(x.nbytes for x in arrays[:3])
+    # The backward reads query, key, value, out, its cotangent and the LSE (and its cotangent), and writes gradients.
+    forward_bytes = qkv_bytes + arrays[3].nbytes + lse_bytes
+    both_bytes = forward_bytes + 2 * qkv_bytes + 2 * arrays[3].nbytes + 2 * lse_bytes
+    for direction, step, work, moved in (
+        ("forward", forward_step, 1.0, forward_bytes),
+        ("forward+backward", gradient_step, 3.5, both_bytes),
+    ):
+        times = time_chains({name: step(f) for name, f in attentions.items()}, arrays, repeats)
+        error = check_fused(problem, arrays, attentions[implementations[0]], gradients=work > 1)
+        yield row(problem, direction, times, implementations[0], work * report.flops(problem), moved, error, dtype)
+
+
+def compare_unfused(problem, implementations, dtype, repeats: int):
+    """A row for each of the three kernels: QK, AV, and the gradient of AV's value."""
+    query, key, value, d_out = report.draw(problem, dtype, seed=0)
+    window = problem.window
+    shape = (*query.shape[:-1], math.prod(problem.kernel_size))
+    weights = jax.random.normal(jax.random.key(1), shape, dtype)
+
+    def pn(implementation):
+        return lambda q, k: jax_natten.neighborhood_qk(q, k, **window, implementation=implementation)
+
+    def nn(implementation):
+        return lambda a, v: jax_natten.neighborhood_av(a, v, **window, implementation=implementation)
+
+    def inverse(implementation):
+        return lambda a, d: jax.vjp(lambda v: nn(implementation)(a, v), value)[1](d)[0]
+
+    for name, make, arrays, output in (
+        ("PN", pn, (query, key), weights),
+        ("NN", nn, (weights, value), query),
+        ("IN", inverse, (weights, d_out), value),
+    ):
+        functions = {i: make(i) for i in implementations}
+        times = time_chains({i: feed_last(f) for i, f in functions.items()}, arrays, repeats)
+        moved = sum(x.nbytes for x in (*arrays, output))
+        error = report.unfused_error(name, problem, arrays, jax.jit(functions[implementations[0]])(*arrays))
+        yield row(problem, name, times, implementations[0], report.flops(problem) / 2, moved, error, dtype)
+
+
+def row(problem, direction, times, first, operations, moved, error, dtype) -> dict:
+    """A line of the table. Fractions of the peak are left out for a device that PEAKS does not list."""
+    seconds = times[first]
+    line = {"problem": problem.name, "direction": direction}
+    line |= {f"{name} ms": 1e3 * t if isinstance(t, float) else t for name, t in times.items() if name != "dense"}
+    dense = times.get("dense", "-")
+    timed = isinstance(seconds, float)
+    line["dense ms"] = 1e3 * dense if isinstance(dense, float) else dense
+    line[f"dense / {first}"] = dense / seconds if timed and isinstance(dense, float) else "-"
+    bandwidth, rates = PEAKS.get(jax.devices()[0].device_kind, (math.nan, {}))
+    rate, flow = (operations / seconds, moved / seconds) if timed else (math.nan, math.nan)
+    line |= {"useful TFLOP/s": rate / 1e12, "of peak": rate / rates.get(dtype.itemsize, math.nan)}
+    return line | {"GB/s": flow / 1e9, "of bandwidth": flow / bandwidth, "error": error}
+
+
+def time_chains(steps: dict[str, Callable], arrays, repeats: int) -> dict[str, float | str]:
+    """Seconds of one step of each chain, or why there is no time."""
+    candidates, notes = {}, {}
+    for name, step in steps.items():
+        try:
+            compiled = jax.jit(chain(step)).lower(*arrays).compile()
+            jax.block_until_ready(compiled(*arrays))
+            candidates[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
+        except jax.errors.JaxRuntimeError as failure:
+            notes[name] = str(failure).split(":")[0].lower()
+    times = {name: seconds / CALLS for name, seconds in report.interleaved(candidates, repeats).items()}
+    return {name: times.get(name, notes.get(name, "-")) for name in steps}
+
+
+def chain(step):
+    def run(*arrays):
+        for _ in range(CALLS):
+            arrays = step(*arrays)
+        return arrays
+
+    return run
 
 
 def forward_step(attention):
@@ -88,16 +157,18 @@ def gradient_step(attention):
     return step
 
 
-def chain(step):
-    def run(*arrays):
-        for _ in range(CALLS):
-            arrays = step(*arrays)
-        return arrays[:3]
+def feed_last(function):
+    """Feeds one element of the result to the last operand; the barrier keeps XLA from computing only that one."""
 
-    return run
+    def step(*arrays):
+        result = jax.lax.optimization_barrier(function(*arrays))
+        last = arrays[-1].at[(0,) * arrays[-1].ndim].set(result[(0,) * result.ndim])
+        return (*arrays[:-1], last)
+
+    return step
 
 
-def check(problem, arrays, attention, *, gradients: bool) -> float:
+def check_fused(problem, arrays, attention, *, gradients: bool) -> float:
     """The largest relative error of the output on random queries, or of the gradients of one batch element."""
     if not gradients:
         return report.error(problem, arrays, jax.jit(attention)(*arrays[:3]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 import jax_natten
@@ -96,17 +99,10 @@ def interleaved(candidates: dict[str, Callable[[], None]], repeats: int) -> dict
 def error(problem, arrays, out, count: int = 64) -> float:
     """Relative error of an output on some random queries, against float64."""
     rng = np.random.default_rng()
-    axes = neighborhood(problem).axes(problem.grid)
-    bounds = [axis.window_bounds() for axis in axes]
     exact, got = [], []
     for _ in range(count):
-        batch, head = rng.integers(problem.batch), rng.integers(problem.heads)
-        at = [int(rng.integers(n)) for n in problem.grid]
-        seen = [
-            x % axis.dilation + np.arange(begin[x], end[x]) * axis.dilation
-            for x, axis, (begin, end) in zip(at, axes, bounds)
-        ]
-        window = np.ix_(*seen)
+        batch, head, at = _random_row(problem, rng, problem.heads)
+        window = np.ix_(*_keys_of(problem, at))
         kv_head = head // (problem.heads // problem.kv_heads)
         q, k, v = arrays[0][batch, *at, head], *(x[batch, ..., kv_head, :][window] for x in arrays[1:3])
         q, k, v = (np.asarray(x, np.float64).reshape(-1, problem.dim) for x in (q, k, v))
@@ -117,13 +113,67 @@ def error(problem, arrays, out, count: int = 64) -> float:
     return float(np.linalg.norm(np.subtract(got, exact)) / np.linalg.norm(exact))
 
 
+def unfused_error(operation: str, problem, arrays, out, count: int = 32) -> float:
+    """The same for "PN" (query, key), "NN" (weights, value) and "IN" (weights, d_out). Neither causal axes nor GQA."""
+    rng = np.random.default_rng()
+    exact, got = [], []
+    for _ in range(count):
+        batch, head, at = _random_row(problem, rng, problem.heads)
+        rows = arrays[1][batch, ..., head, :]
+        if operation == "IN":
+            queries = list(itertools.product(*_queries_of(problem, at)))
+            slots = [np.ravel_multi_index(_slot(problem, x, at), problem.kernel_size) for x in queries]
+            where = tuple(np.transpose(queries))
+            weights = arrays[0][batch, ..., head, :][*where, np.asarray(slots)]
+            rows = rows[where]
+        else:
+            weights = arrays[0][batch, *at, head]
+            rows = rows[np.ix_(*_keys_of(problem, at))].reshape(-1, problem.dim)
+        weights, rows = np.asarray(weights, np.float64), np.asarray(rows, np.float64)
+        exact.append(rows @ weights if operation == "PN" else weights @ rows)
+        got.append(np.asarray(out[batch, *at, head], np.float64))
+    return float(np.linalg.norm(np.subtract(got, exact)) / np.linalg.norm(exact))
+
+
+def _random_row(problem, rng, heads: int) -> tuple[int, int, list[int]]:
+    at = [int(rng.integers(n)) for n in problem.grid]
+    return int(rng.integers(problem.batch)), int(rng.integers(heads)), at
+
+
+def _keys_of(problem, at) -> list[np.ndarray]:
+    """Positions along each axis of the keys that the query at ``at`` sees."""
+    positions = []
+    for x, axis in zip(at, neighborhood(problem).axes(problem.grid)):
+        group, index = x % axis.dilation, x // axis.dilation
+        begin, end = axis.window_of_query(index, axis.group_length(group))
+        positions.append(group + axis.dilation * np.arange(begin, end))
+    return positions
+
+
+def _queries_of(problem, at) -> list[np.ndarray]:
+    """Positions along each axis of the queries that see the key at ``at``."""
+    positions = []
+    for x, axis in zip(at, neighborhood(problem).axes(problem.grid)):
+        group, index = x % axis.dilation, x // axis.dilation
+        begin, end = axis.queries_of_key(index, axis.group_length(group))
+        positions.append(group + axis.dilation * np.arange(begin, end))
+    return positions
+
+
+def _slot(problem, query, key) -> list[int]:
+    """Slot along each axis of a key in the window of a query."""
+    return [list(keys).index(y) for keys, y in zip(_keys_of(problem, query), key)]
+
+
 def machine() -> dict[str, str]:
     """What the figures were measured with."""
     device = jax.devices()[0]
-    kind = _processor() if device.platform == "cpu" else device.device_kind
+    on_cpu = device.platform == "cpu"
     return {
-        "device": kind,
+        "device": _processor() if on_cpu else device.device_kind,
+        **({} if on_cpu else {"driver": _driver()}),
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
         "jax_natten": jax_natten.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
@@ -140,6 +190,14 @@ def _processor() -> str:
         return f"{names[0]}, {len(names)} cores"
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def publish(rows: list[dict], path: Path) -> None:
