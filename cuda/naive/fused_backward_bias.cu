@@ -36,29 +36,6 @@ __device__ __forceinline__ Accumulator<T> row_product(const T* x, const T* y, co
   return group_sum<L>(product);
 }
 
-// The pair that a query has at a remainder: its key, and the entry of the bias table.
-struct Pair {
-  bool valid;
-  int64_t key;  // position
-  int64_t entry;
-};
-
-__device__ __forceinline__ Pair find_pair(const Geometry& geometry, const Neighborhood& window, const Place& query,
-                                          const int (&remainder)[kMaxRank]) {
-  const Box box = keys_of_query(geometry, query);
-  bool valid = true;
-  int key[kMaxRank];
-#pragma unroll
-  for (int a = 0; a < kMaxRank; ++a) {
-    const int size = window.axes[a].window;
-    int at = remainder[a] - (box.begin[a] - query.index[a] + size - 1);
-    if (at < 0) at += size;
-    valid = valid & (at < box.count[a]);  // causal windows may be shorter
-    key[a] = box.begin[a] + at;
-  }
-  return {valid, geometry.position(query.group, key), bias_index(window, query.index, key)};
-}
-
 template <typename T, class L>
 __global__ void __launch_bounds__(kThreads, L::kMinBlocks)
     backward_bias_kernel(const __grid_constant__ FusedBackwardParams p, const __grid_constant__ Geometry geometry,
@@ -105,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, L::kMinBlocks)
   for (int64_t position = chunk_begin(positions, chunk); __any_sync(kFullWarp, position < end); ++position) {
     const bool in_chunk = position < end;
     const Place query = geometry.place(in_chunk ? position : 0);
-    Pair pair = find_pair(geometry, window, query, remainder);
+    Pair pair = pair_at(geometry, window, query, remainder);
     pair.valid = pair.valid & in_chunk;
     if (pair.valid && pair.entry != entry) {
       if (writes && entry >= 0) partial[entry] += sum.sum;

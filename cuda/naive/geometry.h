@@ -292,4 +292,27 @@ JAX_NATTEN_HD int64_t bias_index(const Neighborhood& window, const int (&query)[
   return index;
 }
 
+// The keys of a window lie at K consecutive distances of the 2 K - 1 possible on every axis: one at each remainder of
+// the distance modulo K. This is the one at given remainders, and its entry of the bias table.
+struct Pair {
+  bool valid;   // false: the place in the window is past a causal query
+  int64_t key;  // position
+  int64_t entry;
+};
+
+JAX_NATTEN_HD Pair pair_at(const Geometry& geometry, const Neighborhood& window, const Place& query,
+                           const int (&remainder)[kMaxRank]) {
+  const Box box = keys_of_query(geometry, query);
+  bool valid = true;
+  int key[kMaxRank];
+  for (int a = 0; a < kMaxRank; ++a) {
+    const int size = window.axes[a].window;
+    int at = remainder[a] - (box.begin[a] - query.index[a] + size - 1);
+    if (at < 0) at += size;
+    valid = valid & (at < box.count[a]);
+    key[a] = box.begin[a] + at;
+  }
+  return {valid, geometry.position(query.group, key), bias_index(window, query.index, key)};
+}
+
 }  // namespace jax_natten::naive
