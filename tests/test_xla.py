@@ -17,7 +17,6 @@ from problems import problem
 from tolerance import relative_error
 
 from jax_natten import Neighborhood, reference
-from jax_natten.primitives import shim
 from jax_natten.xla import fused, tiling, unfused
 from jax_natten.xla.blocks import contract
 
@@ -129,7 +128,7 @@ def test_many_small_blocks_give_the_result_of_one(small_steps, shape):
 def test_each_bias_serves_its_part_of_the_batch(small_steps):
     neighborhood, grid = Neighborhood.make((3, 4), (1, 2), (2, 1)), (7, 9)
     operands = draw(neighborhood, grid, batch=6, bias_batch=3)
-    parts = [tuple(x[2 * i : 2 * i + 2] for x in operands[:5]) + (operands[5][i : i + 1],) for i in range(3)]
+    parts = [(*(x[2 * i : 2 * i + 2] for x in operands[:5]), operands[5][i : i + 1]) for i in range(3)]
 
     def both(*operands):
         out, lse = fused.forward(*operands, neighborhood=neighborhood, scale=0.5)

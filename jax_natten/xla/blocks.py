@@ -405,6 +405,15 @@ def contract(subscripts: str, weights: jax.Array, values: jax.Array, mask: jax.A
     )
 
 
+def sum_over_queries(weights: jax.Array, queries: jax.Array) -> jax.Array:
+    """``einsum("bnhgqs,bnhgqd->bhsd", ...)`` in two stages: a long sum in sequence would lose too many roundings."""
+    count = weights.shape[4]
+    length = max(n for n in range(1, min(count, 32) + 1) if count % n == 0)
+    split = (*weights.shape[:4], count // length, length, -1)
+    parts = einsum("bnhgcqs,bnhgcqd->bnhgcsd", weights.reshape(split), queries.reshape(split))
+    return parts.sum((1, 3, 4))
+
+
 def _non_finite_terms(subscripts, weights, values, mask):
     """The sum of those terms whose value is not finite. A reduction that XLA fuses: no term is stored."""
     inputs, result = subscripts.split("->")

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_natten.neighborhood import Neighborhood
-from jax_natten.xla.blocks import ADDITIONAL, BIAS, KEYS, QUERIES, Block, Blocks, accumulation_dtype, contract, einsum
+from jax_natten.xla.blocks import (
+    ADDITIONAL,
+    BIAS,
+    KEYS,
+    QUERIES,
+    Block,
+    Blocks,
+    accumulation_dtype,
+    contract,
+    einsum,
+    sum_over_queries,
+)
 
 _LAYOUTS = (QUERIES, KEYS, KEYS, ADDITIONAL, ADDITIONAL, BIAS)
 
@@ -86,8 +97,8 @@ def backward(
         terms = (
             scale * contract("bnhgqk,bnhgqd->bnhkd", d_local, q, block.mask),
             contract("bnhgqk,bnhgqd->bnhkd", local, d_o, block.mask),
-            scale * einsum("bnhgqs,bnhgqd->bhsd", d_extra, q),
-            einsum("bnhgqs,bnhgqd->bhsd", extra, d_o),
+            scale * sum_over_queries(d_extra, q),
+            sum_over_queries(extra, d_o),
             d_local.sum((0, 1)),
         )
         return ((scale * d_q).astype(query.dtype),), terms[: len(sums)]

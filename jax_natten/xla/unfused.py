@@ -93,9 +93,11 @@ def inverse(
             einsum("bnhgqs,bnhgqd->bhsd", extra, q),
         )
 
-    zeros = blocks.fold_keys(jnp.zeros(key_shape)), blocks.fold_additional(jnp.zeros(extra_shape))
+    # Like the queries, so that they vary over the same mesh axes inside shard_map.
+    keys, extra = (jnp.zeros_like(queries, shape=shape) for shape in (key_shape, extra_shape))
+    sums = ((KEYS, blocks.fold_keys(keys)), (ADDITIONAL, blocks.fold_additional(extra)))
     folded = (blocks.fold_queries(weights), blocks.fold_queries(queries))
-    (keys, extra), _ = blocks.run(evaluate, folded, tuple(zip((KEYS, ADDITIONAL), zeros)))
+    (keys, extra), _ = blocks.run(evaluate, folded, sums)
     return (
         blocks.unfold_keys(keys).astype(queries.dtype),
         blocks.unfold_additional(extra).astype(queries.dtype),
