@@ -5,6 +5,8 @@ VENV ?= .venv
 # Build the CUDA library: AUTO (if there is an nvcc), ON or OFF. `make demo` alone builds for the CPU.
 CUDA ?= AUTO
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
+# Most of a GPU test is compilation on the host. The processes share the GPU.
+GPU_PYTEST_FLAGS ?= -n 8
 DEMO_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -35,7 +37,7 @@ gpu-test:
 	JAX_NATTEN_CUDA=ON $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --upgrade \
 	  --config-settings=build-dir=build/gpu-objects --target build/gpu .
 	PYTHONPATH=build/gpu $(PYTHON) -P -m jax_natten info
-	PYTHONPATH=build/gpu $(PYTHON) -P -m pytest tests/gpu
+	XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=build/gpu $(PYTHON) -P -m pytest $(GPU_PYTEST_FLAGS) tests/gpu
 	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py
 
 bench: $(VENV)/.dev
