@@ -82,7 +82,7 @@ def test_fused_on_the_cpu(case):
 
 
 @SEED
-@hypothesis.settings(max_examples=EXAMPLES // 2)
+@hypothesis.settings(max_examples=EXAMPLES // 3)
 @hypothesis.given(cases())
 def test_fused_in_pure_jax(case):
     expected_fused.cache_clear()
@@ -99,7 +99,7 @@ def test_unfused_on_the_cpu(case):
 
 
 @SEED
-@hypothesis.settings(max_examples=EXAMPLES // 2)
+@hypothesis.settings(max_examples=EXAMPLES // 3)
 @hypothesis.given(cases())
 def test_unfused_in_pure_jax(case):
     expected_unfused.cache_clear()

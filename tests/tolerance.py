@@ -18,6 +18,10 @@ FEW = 256
 # So may sums whose terms cancel: plain attention knows that the gradients of a window of one key cancel and is exact
 # there, an implementation that stores no weights sums twice in different orders.
 CANCELS = 4
+# So may the gradients that sum over all queries of the grid: in single precision the order of so long a sum decides,
+# and
+# plain attention leaves it to a matrix product, whose order is another one in every library.
+LONG_SUMS = ("d_additional_keys", "d_additional_values", "d_rpb")
 
 
 def relative_error(result, oracle, magnitude: float = 0.0) -> float:
@@ -34,17 +38,17 @@ def relative_error(result, oracle, magnitude: float = 0.0) -> float:
     return float(difference / norm) if norm else float("inf")
 
 
-def allowed_error(plain: float, dtype, size: int, cancellation: float = 1.0) -> float:
+def allowed_error(plain: float, dtype, ill_conditioned: bool = False, cancellation: float = 1.0) -> float:
     """The largest error that passes.
 
     Args:
       plain: error of plain attention.
       dtype: of the result.
-      size: elements of the result.
+      ill_conditioned: whether the result may be off by the rounding of its terms, see above.
       cancellation: ratio of the size of the summed terms to that of their sum.
     """
     dtype = np.dtype(dtype)
-    if size < FEW or cancellation > CANCELS:
+    if ill_conditioned:
         rounding = float(ml_dtypes.finfo(dtype).eps) + 4 * _accumulation_eps(dtype)
         plain = max(plain, rounding * max(cancellation, 1.0))
     return 2 * plain + FLOOR.get(dtype.name, 1e-7)
@@ -67,7 +71,8 @@ def assert_as_good_as_plain(result, oracle, plain, *, name: str, dtype, magnitud
     norm = np.linalg.norm(np.asarray(oracle)[np.isfinite(oracle)])
     cancels = norm <= 1e-9 * magnitude
     cancellation = 1.0 if cancels else magnitude / norm
-    allowed = allowed_error(relative_error(plain, oracle, magnitude), dtype, np.size(oracle), cancellation)
+    ill_conditioned = np.size(oracle) < FEW or cancellation > CANCELS or name in LONG_SUMS
+    allowed = allowed_error(relative_error(plain, oracle, magnitude), dtype, ill_conditioned, cancellation)
     if cancels:
         # Exactly zero (a window of one key): what is left is how differently two long sums were rounded.
         allowed = max(allowed, 64 * _accumulation_eps(dtype))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_natten.neighborhood import Neighborhood
-from jax_natten.xla.blocks import ADDITIONAL, BIAS, KEYS, QUERIES, Block, Blocks, contract, einsum
+from jax_natten.xla.blocks import ADDITIONAL, BIAS, KEYS, QUERIES, Block, Blocks, contract, einsum, sum_over_queries
 
 
 def pn(
@@ -90,7 +90,7 @@ def inverse(
         q = block.take(QUERIES, folded[1])
         return (), (
             contract("bnhgqk,bnhgqd->bnhkd", local, q, block.mask),
-            einsum("bnhgqs,bnhgqd->bhsd", extra, q),
+            sum_over_queries(extra, q),
         )
 
     # Like the queries, so that they vary over the same mesh axes inside shard_map.
