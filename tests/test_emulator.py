@@ -22,3 +22,7 @@ def run(name, *arguments):
 
 def test_sm90_forward_kernels_compute_the_definition():
     run("test_sm90_forward", "30")
+
+
+def test_sm80_unfused_kernels_compute_the_definition():
+    run("test_sm80_unfused", "40")
