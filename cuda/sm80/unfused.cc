@@ -1,6 +1,7 @@
 #include "unfused.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -16,6 +17,12 @@ constexpr int kMostDim = 256, kDefaultSharedBytes = 48 * 1024;
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+int log2_of(int power) {
+  int log = 0;
+  while (power >> log > 1) ++log;
+  return log;
+}
+
 bool aligned(const void* data, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;
 }
@@ -28,11 +35,7 @@ int rows_heads(const UnfusedShape& shape, Operation operation) {
   return operation == Operation::kIn ? shape.kv_heads : shape.heads;
 }
 
-uint32_t bits_of_negative_infinity(DType dtype) {
-  return dtype == DType::kFloat16 ? 0xFC00u : dtype == DType::kBFloat16 ? 0xFF80u : 0xFF800000u;
-}
-
-void fill_tables(const UnfusedSizes& sizes, const UnfusedPlan& plan, const int (&bias_step)[kMaxRank],
+void fill_tables(const UnfusedSizes& sizes, const UnfusedPlan& plan, bool inverse, int element_bytes,
                  UnfusedParams& params) {
   const int (&list)[kMaxRank] = sizes.list;
   params.mask_layout = KeyMaskLayout(list[0], list[1], list[2]);
@@ -43,10 +46,11 @@ void fill_tables(const UnfusedSizes& sizes, const UnfusedPlan& plan, const int (
     int slot = 0, bias = 0;
     for (int a = 0; a < kMaxRank; ++a) {
       slot += x[a] * sizes.slot_step[a];
-      bias += x[a] * bias_step[a];
+      bias += x[a] * params.bias_step[a];
     }
-    params.tables.listed[n] = {uint16_t((x[0] * plan.column_tile[1] + x[1]) * plan.column_tile[2] + x[2]),
-                               uint16_t(slot)};
+    const int slab_row = (x[0] * plan.column_tile[1] + x[1]) * plan.column_tile[2] + x[2];
+    params.tables.listed[n] = {uint16_t(slab_row * sizes.vector_pitch / 16),
+                               uint16_t(inverse ? slab_row : slot * element_bytes)};
     params.tables.listed_bias[n] = uint16_t(bias);
   }
 }
@@ -62,6 +66,8 @@ UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const 
     params.schedule.axes[a] = TiledAxis(axis, plan.row_tile[a], plan.row_part[a], plan.column_tile[a]);
     params.list[a] = sizes.list[a];
     params.slot_step[a] = sizes.slot_step[a];
+    params.part_log[a] = log2_of(plan.row_part[a]);
+    params.parts_log[a] = log2_of(plan.row_tile[a] / plan.row_part[a]);
     params.causal = params.causal || axis.causal;
   }
   const int64_t tiles = count_tiles(shape, plan) * rows_heads(shape, operation) * shape.batch;
@@ -73,6 +79,8 @@ UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const 
   params.groups = sizes.groups;
   params.sliced = sizes.sliced;
   params.slab_size = sizes.slab_size;
+  params.by_slab[0] = FastDivisor(plan.column_tile[1]);
+  params.by_slab[1] = FastDivisor(plan.column_tile[2]);
 
   params.positions = neighborhood.positions();
   params.position_step[2] = 1;
@@ -96,7 +104,7 @@ UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const 
   params.additional_tile = sizes.additional_tile;
   params.dense = dense;
   params.layout = sizes.layout;
-  fill_tables(sizes, plan, params.bias_step, params);
+  fill_tables(sizes, plan, operation == Operation::kIn, bytes, params);
   return params;
 }
 
@@ -212,7 +220,7 @@ cudaError_t pn(const PnParams& problem, cudaStream_t stream, Precision precision
   params.rows = vectors(problem.queries, params.positions, problem.heads, params.vector_bytes);
   params.columns = vectors(problem.keys, params.positions, problem.kv_heads, params.vector_bytes);
   params.additional = vectors(problem.additional_keys, problem.additional, problem.kv_heads, params.vector_bytes);
-  params.fill = problem.fill_negative_infinity ? bits_of_negative_infinity(problem.dtype) : 0;
+  params.fill = problem.fill_negative_infinity ? -INFINITY : 0.f;
   if (problem.has_bias()) {
     params.bias = static_cast<const float*>(problem.bias);
     params.bias_size = problem.neighborhood.bias_size();

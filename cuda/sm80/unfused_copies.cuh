@@ -6,6 +6,12 @@
 
 namespace jax_natten::sm80 {
 
+// CTAs of 8 warps per multiprocessor that the registers of a kernel for a head dim must leave room for.
+template <int kDim>
+constexpr int kMinBlocks = kDim <= 32   ? 3
+                           : kDim <= 64 ? 2
+                                        : 1;
+
 template <typename T>
 __device__ __forceinline__ uint32_t load_element(const void* source) {
   if constexpr (sizeof(T) == 2) {
@@ -51,6 +57,47 @@ __device__ __forceinline__ void copy_chunk_by_elements(uint32_t destination, con
   }
 }
 
+// ---- tables
+
+struct SharedTables {
+  const UnfusedTables& common;
+  const ListedColumn* additional;
+
+  __device__ __forceinline__ SharedTables(const UnfusedParams& p, uint8_t* memory)
+      : common(*reinterpret_cast<const UnfusedTables*>(memory + p.layout.tables)),
+        additional(reinterpret_cast<const ListedColumn*>(memory + p.layout.additional)) {}
+
+  // The listed columns of a slab.
+  __device__ __forceinline__ const ListedColumn* columns(const Slab& slab) const {
+    return slab.additional < 0 ? common.listed : additional;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void fill_tables(const UnfusedParams& p, uint8_t* memory) {
+  auto& tables = *reinterpret_cast<UnfusedTables*>(memory + p.layout.tables);
+  auto* additional = reinterpret_cast<ListedColumn*>(memory + p.layout.additional);
+  for (int i = threadIdx.x; i < p.mask_layout.words; i += blockDim.x) tables.mask[i] = p.tables.mask[i];
+  for (int i = threadIdx.x; i < kMostListed; i += blockDim.x) {
+    tables.listed[i] = p.tables.listed[i];
+    tables.listed_bias[i] = p.tables.listed_bias[i];
+  }
+  for (int i = threadIdx.x; i < kMostAdditionalListed; i += blockDim.x) {
+    additional[i] = {uint16_t(i * p.vector_pitch / 16), uint16_t(i * sizeof(T))};
+  }
+}
+
+// Columns 2 q and 2 q + 1 (q = lane % 4) of eight.
+struct ColumnPair {
+  ListedColumn column[2];
+
+  __device__ __forceinline__ ColumnPair(const ListedColumn* columns, int first, int lane) {
+    const uint2 words = *reinterpret_cast<const uint2*>(columns + first + lane % 4 * 2);
+    column[0] = {uint16_t(words.x), uint16_t(words.x >> 16)};
+    column[1] = {uint16_t(words.y), uint16_t(words.y >> 16)};
+  }
+};
+
 // ---- slabs of columns
 
 // Where a row of a slab lies, relative to the first.
@@ -65,8 +112,8 @@ static_assert(sizeof(SlabRow) == kSlabRowBytes, "the host reserves kSlabRowBytes
 __device__ __forceinline__ void find_slab_rows(const UnfusedParams& p, SlabRow* slab_rows) {
   const TiledAxis* axes = p.schedule.axes;
   for (int n = threadIdx.x; n < p.slab_size; n += blockDim.x) {
-    const int x[kMaxRank] = {n / (axes[1].key_tile * axes[2].key_tile), n / axes[2].key_tile % axes[1].key_tile,
-                             n % axes[2].key_tile};
+    int x[kMaxRank];
+    x[0] = p.by_slab[0].divide(p.by_slab[1].divide(n, x[2]), x[1]);
     SlabRow row = {0, 0};
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
@@ -190,23 +237,23 @@ __device__ __forceinline__ void write_part_of_chunk(char* destination, uint32_t 
   }
 }
 
-// A warp writes its 16 staged runs to global memory.
+// A warp writes its 16 staged runs to global memory: first all whole chunks, then both ends of every run.
 template <typename T>
 __device__ __forceinline__ void write_runs(const UnfusedParams& p, const Run* runs, uint32_t stage, int lane) {
   for (int i = lane; i < kPartRows * p.by_run_chunks.divisor; i += 32) {
     int chunk;
     const int row = p.by_run_chunks.divide(i, chunk);
-    const Run run = runs[row];
-    const int begin = imax(run.begin - 16 * chunk, 0), end = imin(run.end - 16 * chunk, 16);
-    if (begin >= end) continue;
-    char* const destination = run.chunks + 16 * chunk;
-    const uint32_t source = stage + row * p.run_pitch + 16 * chunk;
-    if (begin == 0 && end == 16) {
-      *reinterpret_cast<uint4*>(destination) = ptx::load_vector(source);
-    } else {
-      write_part_of_chunk<T>(destination, source, begin, end);
-    }
+    const Run& run = runs[row];
+    if (16 * chunk < run.begin || 16 * chunk + 16 > run.end) continue;
+    *reinterpret_cast<uint4*>(run.chunks + 16 * chunk) = ptx::load_vector(stage + row * p.run_pitch + 16 * chunk);
   }
+  const int row = lane / 2;
+  const Run run = runs[row];
+  const bool first = lane % 2 == 0, one_chunk = run.end <= 16;
+  const int chunk = first ? 0 : (run.end - 1) / 16;
+  const int begin = chunk == 0 ? run.begin : 0, end = imin(run.end - 16 * chunk, 16);
+  if (begin >= end || (begin == 0 && end == 16) || (one_chunk && !first)) return;
+  write_part_of_chunk<T>(run.chunks + 16 * chunk, stage + row * p.run_pitch + 16 * chunk, begin, end);
 }
 
 }  // namespace jax_natten::sm80

@@ -63,7 +63,7 @@ struct InWarp {
   using T = typename Numbers::Element;
 
   const UnfusedParams& p;
-  const UnfusedTables& tables;
+  const SharedTables& tables;
   const PartRow* const rows;
   const int lane;
 
@@ -87,30 +87,33 @@ struct InWarp {
     uint32_t seen[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      seen[i] = mask_of_row(p, tables.mask, rows[lane / 4 + 8 * i], list, false, lane);
+      seen[i] = mask_of_row(p, tables.common.mask, rows[lane / 4 + 8 * i], list, false, lane);
     }
-    const auto slab_row = [&](int column) { return list.slab_row + tables.listed[column].slab_row; };
+    const ListedColumn* const columns = tables.common.listed;
+    const Run* const listed_runs = runs + list.slab_row;
+    const uint32_t first = queries + list.slab_row * p.vector_pitch;
 #pragma unroll 1
     for (int j = 0; j < p.groups; ++j) {
-      if (!__any_sync(~0u, (seen[0] | seen[1]) >> 4 * j & 15)) continue;
+      const uint32_t mask[2] = {seen[0] >> 4 * j, seen[1] >> 4 * j};
+      if (!__any_sync(~0u, (mask[0] | mask[1]) & 15)) continue;
+      const ColumnPair pairs[2] = {{columns, 16 * j, lane}, {columns, 16 * j + 8, lane}};
       add_weighted_columns<Numbers, kSteps>(
           sums, p.vector_steps, lane,
           [&](int i, int half, int b) -> uint32_t {
-            const uint32_t staged = stage + runs[slab_row(16 * j + 8 * half + lane % 4 * 2 + b)].base;
-            if (!(seen[i] >> (4 * j + 2 * half + b) & 1)) return 0;
-            return load_shared_element<T>(staged + own_slot[i]);
+            const uint32_t at = stage + listed_runs[pairs[half].column[b].place].base + own_slot[i];
+            return mask[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
           },
-          [&](int n) { return queries + slab_row(16 * j + n) * p.vector_pitch; });
+          [&](int n) { return first + columns[16 * j + n].chunks * 16; });
     }
   }
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannels <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
     unfused_in(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto& tables = *reinterpret_cast<UnfusedTables*>(shared_memory + p.layout.tables);
+  const SharedTables tables(p, shared_memory);
   auto* slab_rows = reinterpret_cast<SlabRow*>(shared_memory + p.layout.slab_rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
@@ -119,7 +122,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannel
   const UnfusedTile tile = p.dense ? decode_dense_tile(p) : decode_tile<Operation::kIn>(p);
   if (tile.empty()) return;
 
-  copy_tables(p, tables);
   find_slab_rows(p, slab_rows);
   find_rows<Operation::kIn>(p, tile, warp, lane, rows);
   __syncthreads();
@@ -143,6 +145,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannel
   find(current, 0);
   __syncthreads();
   start(current, 0, 0);
+  fill_tables<T>(p, shared_memory);
   bool more = coming.next(p, tile);
   if (more) find(coming, 1);
   for (int place = 0, buffer = 0;; buffer ^= 1) {

@@ -15,7 +15,7 @@ struct NnWarp {
   using T = typename Numbers::Element;
 
   const UnfusedParams& p;
-  const UnfusedTables& tables;
+  const SharedTables& tables;
   const UnfusedTile& tile;
   const PartRow* const rows;
   const int lane;
@@ -58,37 +58,35 @@ struct NnWarp {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const PartRow& row = rows[lane / 4 + 8 * i];
-      seen[i] = listed       ? mask_of_row(p, tables.mask, row, list, false, lane)
+      seen[i] = listed       ? mask_of_row(p, tables.common.mask, row, list, false, lane)
                 : row.exists ? mask_of_first(additional, lane)
                              : 0;
       staged[i] = stage + runs[lane / 4 + 8 * i].base;
     }
+    const ListedColumn* const columns = tables.columns(slab);
     const uint32_t first = keys + list.slab_row * p.vector_pitch;
 #pragma unroll 1
     for (int j = 0; j < groups; ++j) {
-      if (!__any_sync(~0u, (seen[0] | seen[1]) >> 4 * j & 15)) continue;
+      const uint32_t mask[2] = {seen[0] >> 4 * j, seen[1] >> 4 * j};
+      if (!__any_sync(~0u, (mask[0] | mask[1]) & 15)) continue;
+      const ColumnPair pairs[2] = {{columns, 16 * j, lane}, {columns, 16 * j + 8, lane}};
       add_weighted_columns<Numbers, kSteps>(
           sums, p.vector_steps, lane,
           [&](int i, int half, int b) -> uint32_t {
-            const int column = 16 * j + 8 * half + lane % 4 * 2 + b;
-            const int slot = listed ? tables.listed[column].slot : column;
-            if (!(seen[i] >> (4 * j + 2 * half + b) & 1)) return 0;
-            return load_shared_element<T>(staged[i] + slot * int(sizeof(T)));
+            const uint32_t at = staged[i] + pairs[half].column[b].place;
+            return mask[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
           },
-          [&](int n) {
-            const int column = 16 * j + n;
-            return first + (listed ? tables.listed[column].slab_row : column) * p.vector_pitch;
-          });
+          [&](int n) { return first + columns[16 * j + n].chunks * 16; });
     }
   }
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannels <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
     unfused_nn(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto& tables = *reinterpret_cast<UnfusedTables*>(shared_memory + p.layout.tables);
+  const SharedTables tables(p, shared_memory);
   auto* slab_rows = reinterpret_cast<SlabRow*>(shared_memory + p.layout.slab_rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
@@ -97,7 +95,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannel
   const UnfusedTile tile = decode_tile<Operation::kNn>(p);
   if (tile.empty()) return;
 
-  copy_tables(p, tables);
   find_slab_rows(p, slab_rows);
   find_rows<Operation::kNn>(p, tile, warp, lane, rows);
   __syncthreads();
@@ -117,6 +114,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps* Numbers::kStepChannel
   SlabWalk walk;
   Slab slab = walk.slab();
   start(slab, 0);
+  fill_tables<T>(p, shared_memory);
   for (int buffer = 0;; buffer ^= 1) {
     ptx::copy_async_wait<0>();
     __syncthreads();  // the slab and the runs are there, and the other buffers have been read

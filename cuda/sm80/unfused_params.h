@@ -40,9 +40,10 @@ constexpr int kMostBuffers = 2, kMostFound = 3;
 
 // The n-th column of a list, relative to the first.
 struct ListedColumn {
-  uint16_t slab_row;
-  uint16_t slot;  // PN, NN
+  uint16_t chunks;  // in the slab: bytes / 16
+  uint16_t place;   // PN, NN: of its weight in a row of slots, in bytes; IN: row of the slab
 };
+constexpr int kMostAdditionalListed = 64;  // columns of a slab of additional keys
 
 // What every CTA copies to shared memory.
 struct UnfusedTables {
@@ -61,11 +62,12 @@ struct Vectors {
 
 // Offsets in shared memory, in bytes.
 struct UnfusedLayout {
-  int tables;     // UnfusedTables
-  int rows;       // PartRow[warps][16]
-  int slab_rows;  // SlabRow[rows of a slab]
-  int runs;       // PN, NN: Run[buffers][warps][16]; IN: Run[found][rows of a slab]
-  int stage;      // runs of weights: PN, NN [buffers][warps][16], IN [buffers][rows of a slab]; run_pitch bytes each
+  int tables;      // UnfusedTables
+  int additional;  // ListedColumn[kMostAdditionalListed]
+  int rows;        // PartRow[warps][16]
+  int slab_rows;   // SlabRow[rows of a slab]
+  int runs;        // PN, NN: Run[buffers][warps][16]; IN: Run[found][rows of a slab]
+  int stage;       // runs of weights: PN, NN [buffers][warps][16], IN [buffers][rows of a slab]; run_pitch bytes each
   int stage_bytes;
   int output;  // NN, IN: 16 rows of kOutputPitch bytes per warp
   int slabs;   // [buffers][rows of a slab], vector_pitch bytes each
@@ -76,11 +78,13 @@ constexpr int kOutputPiece = 64, kOutputPitch = kOutputPiece + 16;
 
 struct UnfusedParams {
   TileSchedule schedule;
-  FastDivisor by_tiles;  // of a head
-  int list[kMaxRank];    // columns of a list
-  int groups;            // of 16 columns of a list
-  int sliced;            // the axis along which slabs follow each other
-  int slab_size;         // rows of a slab that are loaded
+  FastDivisor by_tiles;                         // of a head
+  int list[kMaxRank];                           // columns of a list
+  int groups;                                   // of 16 columns of a list
+  int sliced;                                   // the axis along which slabs follow each other
+  int slab_size;                                // rows of a slab that are loaded
+  FastDivisor by_slab[2];                       // key_tile of axes 1 and 2
+  int part_log[kMaxRank], parts_log[kMaxRank];  // rows of a part, and parts, along an axis
 
   int64_t positions;
   int64_t position_step[kMaxRank];  // of a coordinate
@@ -104,7 +108,7 @@ struct UnfusedParams {
   int weight_heads;
   int run_pitch;  // in shared memory: an odd multiple of 16
   FastDivisor by_run_chunks;
-  uint32_t fill;  // PN: what a causal slot past the query holds
+  float fill;  // PN: what a causal slot past the query holds
 
   int additional_count;  // PN, NN: additional keys
   int additional_tile;   // PN, NN: in a slab

@@ -72,6 +72,7 @@ UnfusedLayout make_layout(Operation operation, const UnfusedSizes& sizes) {
     return begin;
   };
   layout.tables = reserve(sizeof(UnfusedTables));
+  layout.additional = reserve(kMostAdditionalListed * sizeof(ListedColumn));
   layout.rows = reserve(sizes.warps * kPartRows * kPartRowBytes);
   layout.slab_rows = reserve(sizes.slab_size * kSlabRowBytes);
   const int staged = inverse ? sizes.slab_size : sizes.warps * kPartRows;
@@ -112,8 +113,8 @@ UnfusedSizes find_sizes(const UnfusedShape& shape, Operation operation, const Un
   if (operation == Operation::kIn) {
     sizes.slabs *= shape.group();
   } else if (shape.additional > 0) {
-    // Whole groups of 16 columns, 64 at most, in a few kilobytes.
-    const int groups = std::clamp(kAdditionalBytes / 16 / sizes.vector_pitch, 1, 4);
+    // Whole groups of 16 columns, in a few kilobytes.
+    const int groups = std::clamp(kAdditionalBytes / 16 / sizes.vector_pitch, 1, kMostAdditionalListed / 16);
     sizes.additional_tile = std::min(round_up(shape.additional, 16), 16 * groups);
     sizes.slabs += (shape.additional + sizes.additional_tile - 1) / sizes.additional_tile;
   }
@@ -148,8 +149,11 @@ const char* why_not_sizes(Operation operation, const UnfusedPlan& plan, const Un
     }
   }
   if (sizes.run_chunks * 16 > UINT16_MAX || sizes.layout.bytes > kSharedBytes) return "does not fit into shared memory";
+  if (sizes.slab_size * sizes.vector_pitch / 16 > UINT16_MAX) return "slabs are too large";
   return nullptr;
 }
+
+bool is_power_of_two(int x) { return x > 0 && (x & (x - 1)) == 0; }
 
 // ---- the choice
 
@@ -273,9 +277,9 @@ UnfusedSizes sizes_of(const UnfusedShape& shape, Operation operation, const Unfu
 
 const char* why_not_plan(const UnfusedShape& shape, Operation operation, const UnfusedPlan& plan) {
   for (int a = 0; a < kMaxRank; ++a) {
-    if (plan.row_part[a] < 1 || plan.column_tile[a] < 1 || plan.row_tile[a] < 1 ||
-        plan.row_tile[a] % plan.row_part[a] != 0) {
-      return "row tiles must be divided into equal parts";
+    if (!is_power_of_two(plan.row_part[a]) || !is_power_of_two(plan.row_tile[a]) ||
+        plan.row_part[a] > plan.row_tile[a] || plan.column_tile[a] < 1) {
+      return "row tiles and their parts must be powers of two along each axis";
     }
     if (a < kMaxRank - shape.neighborhood.rank && plan.row_tile[a] * plan.column_tile[a] != 1) {
       return "axes that the problem does not have must have tiles of 1";

@@ -5,8 +5,8 @@
 
 namespace jax_natten::sm80 {
 
-// How a problem is cut into tiles (unfused_params.h says what rows and columns are). Row tiles are whole numbers of
-// parts on every axis, 1 to 8 of them; parts have 16 rows. On axes that a problem does not have, all is 1.
+// How a problem is cut into tiles (unfused_params.h says what rows and columns are). Row tiles are made of 1 to 8
+// parts, parts of 16 rows; both are powers of two along each axis. On axes that a problem does not have, all is 1.
 struct UnfusedPlan {
   int row_tile[kMaxRank] = {1, 1, 1};
   int row_part[kMaxRank] = {1, 1, 1};

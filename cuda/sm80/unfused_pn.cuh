@@ -8,7 +8,6 @@
 
 #include "numbers.cuh"
 #include "unfused_copies.cuh"
-#include "unfused_products.cuh"
 
 namespace jax_natten::sm80 {
 
@@ -17,7 +16,7 @@ struct PnWarp {
   using T = typename Numbers::Element;
 
   const UnfusedParams& p;
-  const UnfusedTables& tables;
+  const SharedTables& tables;
   const UnfusedTile& tile;
   const PartRow* const rows;
   Run* const runs;
@@ -69,22 +68,13 @@ struct PnWarp {
 
   // ---- slabs
 
-  // What the warp does with the keys at `keys`, listed or the first of them.
-  struct Work {
-    bool listed;
-    int groups;     // of 16 columns
-    uint32_t keys;  // address of the first column
-    uint32_t slots[2], seen[2];
-    int bias_offset;  // of the first column
-  };
-
   __device__ __forceinline__ void multiply_slab(const Slab& slab, uint32_t keys) {
-    Work work;
+    Work work = {tables.columns(slab), p.groups, keys, {}, {}, -1};
+    if (!rows[0].exists) return;
     if (slab.additional >= 0) {
       const int count = imin(p.additional_tile, p.additional_count - slab.additional);
-      if (!rows[0].exists) return;
       place_runs({p.window_slots + slab.additional, count});
-      work = {false, (count + 15) / 16, keys, {}, {}, 0};
+      work.groups = (count + 15) / 16;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         work.seen[i] = work.slots[i] = rows[lane / 4 + 8 * i].exists ? mask_of_first(count, lane) : 0;
@@ -93,15 +83,18 @@ struct PnWarp {
       List list;
       if (!find_list<Operation::kPn>(p, slab, rows, list)) return;
       place_runs(slab, list);
-      work = {true, p.groups, keys + list.slab_row * p.vector_pitch, {}, {}, 0};
+      work.keys += list.slab_row * p.vector_pitch;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const PartRow& row = rows[lane / 4 + 8 * i];
-        work.slots[i] = mask_of_row(p, tables.mask, row, list, true, lane);
-        work.seen[i] = p.causal ? mask_of_row(p, tables.mask, row, list, false, lane) : work.slots[i];
+        work.slots[i] = mask_of_row(p, tables.common.mask, row, list, true, lane);
+        work.seen[i] = p.causal ? mask_of_row(p, tables.common.mask, row, list, false, lane) : work.slots[i];
       }
+      if (p.bias != nullptr) {
+        work.bias = 0;
 #pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) work.bias_offset += list.begin[a] * p.bias_step[a];
+        for (int a = 0; a < kMaxRank; ++a) work.bias += list.begin[a] * p.bias_step[a];
+      }
     }
     multiply(work);
     __syncwarp();
@@ -110,6 +103,16 @@ struct PnWarp {
   }
 
  private:
+  // What the warp does with a slab.
+  struct Work {
+    const ListedColumn* columns;
+    int groups;         // of 16 columns
+    uint32_t keys;      // address of the first column
+    uint32_t slots[2];  // masks: columns that have a place among the slots of the thread's rows ..
+    uint32_t seen[2];   // .. and those of them that a causal query sees
+    int bias;           // entry of the first column relative to that of the key at QueryTile::key; -1: no bias
+  };
+
   __device__ __forceinline__ int64_t weights_row(int row) const {
     return (tile.batch * p.positions + rows[row].position) * p.weight_heads + tile.head;
   }
@@ -137,22 +140,22 @@ struct PnWarp {
 
   __device__ __forceinline__ void multiply(const Work& work) {
     const uint32_t staged[2] = {stage + runs[lane / 4].base, stage + runs[lane / 4 + 8].base};
-    const uint32_t any = work.slots[0] | work.slots[1];
 #pragma unroll 1
     for (int j = 0; j < work.groups; ++j) {
-      if (!__any_sync(~0u, any >> 4 * j & 15)) continue;
+      const uint32_t slots[2] = {work.slots[0] >> 4 * j, work.slots[1] >> 4 * j};
+      if (!__any_sync(~0u, (slots[0] | slots[1]) & 15)) continue;
       // Of 16 keys and 32 bytes of them, ldmatrix reads (keys 0-7, bytes 0-15), (0-7, 16-31), (8-15, 0-15), (8-15,
       // 16-31).
-      const int column = 16 * j + lane % 8 + lane / 16 * 8;
-      const int slab_row = work.listed ? tables.listed[column].slab_row : column;
-      const uint32_t address = work.keys + slab_row * p.vector_pitch + lane / 8 % 2 * 16;
+      const uint32_t address =
+          work.keys + work.columns[16 * j + lane % 8 + lane / 16 * 8].chunks * 16 + lane / 8 % 2 * 16;
+      const ColumnPair pairs[2] = {{work.columns, 16 * j, lane}, {work.columns, 16 * j + 8, lane}};
       float products[8] = {};
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
         if (k >= p.vector_steps) continue;
         Fragment b;
         ptx::load_matrix_x4(b, address + 32 * k);
-        if constexpr (sizeof(T) == 4 && kSteps > 4) {
+        if constexpr (sizeof(T) == 4) {
 #pragma unroll
           for (uint32_t& word : queries[k]) ptx::compute_again(word);  // not enough registers for all parts of all
         }
@@ -160,42 +163,50 @@ struct PnWarp {
         Numbers::multiply_add(&products[0], left, Numbers::right(b[0], b[1]));
         Numbers::multiply_add(&products[4], left, Numbers::right(b[2], b[3]));
       }
-      scatter(work, j, products, staged);
+      if (work.bias >= 0) add_bias(work, j, products);
+      if (p.causal) fill_unseen(work, j, products);
+      // To the slots.
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int half = e / 2, i = e % 2;
+        const float low = products[4 * half + 2 * i], high = products[4 * half + 2 * i + 1];
+        uint32_t bits[2] = {__float_as_uint(low), __float_as_uint(high)};
+        if constexpr (sizeof(T) == 2) {
+          bits[0] = ptx::pack<T>(low, high);
+          bits[1] = bits[0] >> 16;
+        }
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const uint32_t at = staged[i] + pairs[half].column[b].place;
+          if (slots[i] >> (2 * half + b) & 1) store_shared_element<T>(at, bits[b]);
+        }
+      }
     }
   }
 
-  __device__ __forceinline__ void scatter(const Work& work, int j, float (&products)[8], const uint32_t (&staged)[2]) {
+  __device__ __forceinline__ void add_bias(const Work& work, int j, float (&products)[8]) const {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int half = e / 2, b = e % 2, column = 16 * j + 8 * half + lane % 4 * 2 + b;
-      const int slot = work.listed ? tables.listed[column].slot : column;
-      const bool has_bias = p.bias != nullptr && work.listed;
-      const int bias_entry = has_bias ? work.bias_offset + tables.listed_bias[column] : 0;
+    for (int e = 0; e < 8; ++e) {
+      const int half = e / 4, i = e / 2 % 2, b = e % 2;
+      const int entry = work.bias + tables.common.listed_bias[16 * j + 8 * half + lane % 4 * 2 + b];
+      if (work.seen[i] >> (4 * j + 2 * half + b) & 1) products[e] += __ldg(bias[i] + entry);
+    }
+  }
+
+  __device__ __forceinline__ void fill_unseen(const Work& work, int j, float (&products)[8]) const {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int bit = 4 * j + 2 * half + b;
-        if (!(work.slots[i] >> bit & 1)) continue;
-        float product = products[4 * half + 2 * i + b];
-        const bool seen = work.seen[i] >> bit & 1;
-        if (has_bias && seen) product += __ldg(bias[i] + bias_entry);
-        uint32_t bits;
-        if constexpr (sizeof(T) == 2) {
-          bits = ptx::pack<T>(product, 0.f);
-        } else {
-          bits = __float_as_uint(product);
-        }
-        store_shared_element<T>(staged[i] + slot * int(sizeof(T)), seen ? bits : p.fill);
-      }
+    for (int e = 0; e < 8; ++e) {
+      if (!(work.seen[e / 2 % 2] >> (4 * j + e / 4 * 2 + e % 2) & 1)) products[e] = p.fill;
     }
   }
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kSteps <= 8 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
     unfused_pn(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto& tables = *reinterpret_cast<UnfusedTables*>(shared_memory + p.layout.tables);
+  const SharedTables tables(p, shared_memory);
   auto* slab_rows = reinterpret_cast<SlabRow*>(shared_memory + p.layout.slab_rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
@@ -204,7 +215,6 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps <= 8 ? 2 : 1)
   const UnfusedTile tile = decode_tile<Operation::kPn>(p);
   if (tile.empty()) return;
 
-  copy_tables(p, tables);
   find_slab_rows(p, slab_rows);
   find_rows<Operation::kPn>(p, tile, warp, lane, rows);
   __syncthreads();
@@ -217,6 +227,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, kSteps <= 8 ? 2 : 1)
   SlabWalk walk;
   Slab slab = walk.slab();
   start(slab, 0);
+  fill_tables<T>(p, shared_memory);
 
   PnWarp<Numbers, kSteps> own{p,    tables, tile, rows, runs, memory + p.layout.stage + warp * kPartRows * p.run_pitch,
                               lane, {},     {}};

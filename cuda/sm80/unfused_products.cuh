@@ -88,13 +88,4 @@ __device__ __forceinline__ void write_rows(const UnfusedParams& p, const float (
   }
 }
 
-// The tables of every CTA.
-__device__ __forceinline__ void copy_tables(const UnfusedParams& p, UnfusedTables& tables) {
-  for (int i = threadIdx.x; i < p.mask_layout.words; i += blockDim.x) tables.mask[i] = p.tables.mask[i];
-  for (int i = threadIdx.x; i < kMostListed; i += blockDim.x) {
-    tables.listed[i] = p.tables.listed[i];
-    tables.listed_bias[i] = p.tables.listed_bias[i];
-  }
-}
-
 }  // namespace jax_natten::sm80

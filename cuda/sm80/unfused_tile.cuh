@@ -79,11 +79,14 @@ __device__ __forceinline__ void find_rows(const UnfusedParams& p, const UnfusedT
                                           PartRow* rows) {
   const TiledAxis* axes = p.schedule.axes;
   if (lane < kPartRows) {
-    int in_tile[kMaxRank], index[kMaxRank];
-    query_part_offset(axes, warp, in_tile);
-    in_tile[2] += lane % axes[2].query_part;
-    in_tile[1] += lane / axes[2].query_part % axes[1].query_part;
-    in_tile[0] += lane / (axes[2].query_part * axes[1].query_part);
+    int in_tile[kMaxRank], index[kMaxRank], part = warp, in_part = lane;
+#pragma unroll
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const int parts = 1 << p.parts_log[a], rows_of_part = 1 << p.part_log[a];
+      in_tile[a] = (part & parts - 1) * rows_of_part + (in_part & rows_of_part - 1);
+      part >>= p.parts_log[a];
+      in_part >>= p.part_log[a];
+    }
     PartRow row;
     row.exists = 1;
 #pragma unroll
