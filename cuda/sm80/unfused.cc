@@ -56,9 +56,10 @@ void fill_tables(const UnfusedSizes& sizes, const UnfusedPlan& plan, bool invers
 }
 
 // Everything but the arrays.
-UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const UnfusedPlan& plan, bool dense) {
+UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const UnfusedTiling& tiling, bool dense) {
   const Neighborhood& neighborhood = shape.neighborhood;
-  const UnfusedSizes sizes = sizes_of(shape, operation, plan, dense);
+  const UnfusedPlan& plan = tiling.plan;
+  const UnfusedSizes& sizes = tiling.sizes;
   const int bytes = element_bytes(shape.dtype);
   UnfusedParams params = {};
   for (int a = 0; a < kMaxRank; ++a) {
@@ -144,41 +145,46 @@ cudaError_t allow_shared_memory(const void* kernel, int bytes) {
   return error;
 }
 
-cudaError_t launch(UnfusedKernel function, UnfusedParams& params, const UnfusedPlan& plan, int64_t blocks,
-                   cudaStream_t stream) {
+cudaError_t launch(UnfusedKernel function, UnfusedParams& params, int warps, int64_t blocks, cudaStream_t stream) {
   const void* kernel = reinterpret_cast<const void*>(function);
   if (const cudaError_t error = allow_shared_memory(kernel, params.layout.bytes); error != cudaSuccess) return error;
-  const int warps = plan.row_tile[0] * plan.row_tile[1] * plan.row_tile[2] / kPartRows;
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(32 * warps), arguments, params.layout.bytes, stream);
 }
 
-// The plan to use; nullptr if the problem or the given plan is not possible.
-const UnfusedPlan* usable_plan(const UnfusedShape& shape, Operation operation, const UnfusedPlan* given,
-                               UnfusedPlan& chosen) {
-  if (why_not(shape, operation) != nullptr) return nullptr;
-  if (given != nullptr) return why_not_plan(shape, operation, *given) == nullptr ? given : nullptr;
-  chosen = choose_plan(shape, operation);
-  return &chosen;
+// False if the problem is not taken, or not under the given plan.
+bool find_tiling(const UnfusedShape& shape, Operation operation, const UnfusedPlan* given, UnfusedTiling& tiling) {
+  if (why_not(shape, operation) != nullptr) return false;
+  if (given == nullptr) {
+    tiling = choose_tiling(shape, operation);
+    return true;
+  }
+  if (why_not_plan(shape, operation, *given) != nullptr) return false;
+  tiling = {*given, sizes_of(shape, operation, *given)};
+  return true;
 }
 
-int64_t dense_blocks(const UnfusedShape& shape, const UnfusedPlan& plan) {
-  const int64_t row_tiles = (shape.additional + plan.row_tile[2] - 1) / plan.row_tile[2];
-  return row_tiles * shape.kv_heads * reduction_chunks(shape.neighborhood.positions()) * shape.batch;
+int64_t dense_row_tiles(const UnfusedShape& shape, const UnfusedPlan& plan) {
+  return (shape.additional + plan.row_tile[2] - 1) / plan.row_tile[2];
+}
+
+int64_t dense_blocks(const UnfusedShape& shape) {
+  return dense_row_tiles(shape, choose_dense_tiling(shape).plan) * shape.kv_heads *
+         reduction_chunks(shape.neighborhood.positions()) * shape.batch;
 }
 
 // The additional keys of IN: partial sums over chunks of the queries, then their sums.
 cudaError_t in_additional(const InParams& problem, UnfusedKernel kernel, cudaStream_t stream) {
-  const UnfusedPlan plan = choose_dense_plan(problem);
-  UnfusedParams params = make_params(problem, Operation::kIn, plan, true);
+  const UnfusedTiling tiling = choose_dense_tiling(problem);
+  UnfusedParams params = make_params(problem, Operation::kIn, tiling, true);
   const int chunks = reduction_chunks(params.positions);
   set_weights(problem.weights, problem, params);
   params.columns = vectors(problem.queries, params.positions, problem.heads, params.vector_bytes);
   params.out = vectors(problem.workspace, 0, problem.kv_heads, int64_t(problem.dim) * sizeof(float));
   params.chunks = chunks;
   params.by_chunks = FastDivisor(chunks);
-  params.by_row_tiles = FastDivisor((problem.additional + plan.row_tile[2] - 1) / plan.row_tile[2]);
-  if (const cudaError_t error = launch(kernel, params, plan, dense_blocks(problem, plan), stream);
+  params.by_row_tiles = FastDivisor(int(dense_row_tiles(problem, tiling.plan)));
+  if (const cudaError_t error = launch(kernel, params, tiling.sizes.warps, dense_blocks(problem), stream);
       error != cudaSuccess) {
     return error;
   }
@@ -201,21 +207,21 @@ const char* why_not(const UnfusedShape& shape, Operation operation) {
   if (shape.slots() > kMost || shape.neighborhood.positions() > kMost || shape.batch > kMost) {
     return "takes up to 2^30 slots, positions and batch elements";
   }
-  // Of 16 rows at least.
-  const int64_t heads = shape.batch * rows_heads(shape, operation);
-  if (heads > 0 && count_tiles(shape, UnfusedPlan()) > INT32_MAX / heads)
-    return "takes fewer than 2^31 rows of weights";
-  const int64_t sums = shape.batch * shape.additional * shape.kv_heads * shape.dim;
-  if (operation == Operation::kIn && sums > int64_t(256) * INT32_MAX / 2) return "has too many additional keys";
+  // Numbers of CTAs and of their threads' rows.
+  const int64_t heads = shape.batch * rows_heads(shape, operation), tiles = count_tiles(shape, UnfusedPlan());
+  if (heads > 0 && tiles > INT32_MAX / heads) return "takes fewer than 2^31 rows of weights";
+  if (operation == Operation::kIn && shape.additional > 0) {
+    const int64_t sums = shape.batch * shape.additional * shape.kv_heads * shape.dim;
+    if (dense_blocks(shape) > INT32_MAX || sums / 256 > INT32_MAX) return "has too many additional keys";
+  }
   return nullptr;
 }
 
 cudaError_t pn(const PnParams& problem, cudaStream_t stream, Precision precision, const UnfusedPlan* given) {
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
-  UnfusedPlan chosen;
-  const UnfusedPlan* plan = usable_plan(problem, Operation::kPn, given, chosen);
-  if (plan == nullptr) return cudaErrorInvalidValue;
-  UnfusedParams params = make_params(problem, Operation::kPn, *plan, false);
+  UnfusedTiling tiling;
+  if (!find_tiling(problem, Operation::kPn, given, tiling)) return cudaErrorInvalidValue;
+  UnfusedParams params = make_params(problem, Operation::kPn, tiling, false);
   set_weights(problem.weights, problem, params);
   params.rows = vectors(problem.queries, params.positions, problem.heads, params.vector_bytes);
   params.columns = vectors(problem.keys, params.positions, problem.kv_heads, params.vector_bytes);
@@ -226,20 +232,21 @@ cudaError_t pn(const PnParams& problem, cudaStream_t stream, Precision precision
     params.bias_size = problem.neighborhood.bias_size();
     params.bias_share = problem.batch / problem.bias_batch;
   }
-  return launch(find_kernel(problem, Operation::kPn, precision), params, *plan, params.schedule.tiles, stream);
+  return launch(find_kernel(problem, Operation::kPn, precision), params, tiling.sizes.warps, params.schedule.tiles,
+                stream);
 }
 
 cudaError_t nn(const NnParams& problem, cudaStream_t stream, Precision precision, const UnfusedPlan* given) {
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
-  UnfusedPlan chosen;
-  const UnfusedPlan* plan = usable_plan(problem, Operation::kNn, given, chosen);
-  if (plan == nullptr) return cudaErrorInvalidValue;
-  UnfusedParams params = make_params(problem, Operation::kNn, *plan, false);
+  UnfusedTiling tiling;
+  if (!find_tiling(problem, Operation::kNn, given, tiling)) return cudaErrorInvalidValue;
+  UnfusedParams params = make_params(problem, Operation::kNn, tiling, false);
   set_weights(problem.weights, problem, params);
   params.columns = vectors(problem.keys, params.positions, problem.kv_heads, params.vector_bytes);
   params.additional = vectors(problem.additional_keys, problem.additional, problem.kv_heads, params.vector_bytes);
   params.out = vectors(problem.queries, params.positions, problem.heads, params.vector_bytes);
-  return launch(find_kernel(problem, Operation::kNn, precision), params, *plan, params.schedule.tiles, stream);
+  return launch(find_kernel(problem, Operation::kNn, precision), params, tiling.sizes.warps, params.schedule.tiles,
+                stream);
 }
 
 cudaError_t in(const InParams& problem, cudaStream_t stream, Precision precision, const UnfusedPlan* given) {
@@ -249,15 +256,14 @@ cudaError_t in(const InParams& problem, cudaStream_t stream, Precision precision
     return size > 0 ? cudaMemsetAsync(problem.additional_keys, 0, size * element_bytes(problem.dtype), stream)
                     : cudaSuccess;
   }
-  UnfusedPlan chosen;
-  const UnfusedPlan* plan = usable_plan(problem, Operation::kIn, given, chosen);
-  if (plan == nullptr) return cudaErrorInvalidValue;
+  UnfusedTiling tiling;
+  if (!find_tiling(problem, Operation::kIn, given, tiling)) return cudaErrorInvalidValue;
   const UnfusedKernel kernel = find_kernel(problem, Operation::kIn, precision);
-  UnfusedParams params = make_params(problem, Operation::kIn, *plan, false);
+  UnfusedParams params = make_params(problem, Operation::kIn, tiling, false);
   set_weights(problem.weights, problem, params);
   params.columns = vectors(problem.queries, params.positions, problem.heads, params.vector_bytes);
   params.out = vectors(problem.keys, params.positions, problem.kv_heads, params.vector_bytes);
-  const cudaError_t error = launch(kernel, params, *plan, params.schedule.tiles, stream);
+  const cudaError_t error = launch(kernel, params, tiling.sizes.warps, params.schedule.tiles, stream);
   return error != cudaSuccess || problem.additional == 0 ? error : in_additional(problem, kernel, stream);
 }
 

@@ -18,7 +18,7 @@ namespace jax_natten::sm80 {
 const char* why_not(const UnfusedShape& shape, Operation operation);
 
 // Enqueue a problem's computation; nothing is allocated, nothing waits. `precision` is that of float32. A plan
-// overrides the one of choose_plan(). cudaErrorInvalidValue if the problem is not taken, or not under this plan.
+// overrides the one of choose_tiling(). cudaErrorInvalidValue if the problem is not taken, or not under this plan.
 cudaError_t pn(const PnParams& problem, cudaStream_t stream, Precision precision = Precision::kSplitTf32,
                const UnfusedPlan* plan = nullptr);
 cudaError_t nn(const NnParams& problem, cudaStream_t stream, Precision precision = Precision::kSplitTf32,

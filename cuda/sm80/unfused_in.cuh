@@ -97,10 +97,13 @@ struct InWarp {
       const uint32_t mask[2] = {seen[0] >> 4 * j, seen[1] >> 4 * j};
       if (!__any_sync(~0u, (mask[0] | mask[1]) & 15)) continue;
       const ColumnPair pairs[2] = {{columns, 16 * j, lane}, {columns, 16 * j + 8, lane}};
+      uint32_t staged[2][2];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) staged[e / 2][e % 2] = stage + listed_runs[pairs[e / 2].column[e % 2].place].base;
       add_weighted_columns<Numbers, kSteps>(
           sums, p.vector_steps, lane,
           [&](int i, int half, int b) -> uint32_t {
-            const uint32_t at = stage + listed_runs[pairs[half].column[b].place].base + own_slot[i];
+            const uint32_t at = staged[half][b] + own_slot[i];
             return mask[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
           },
           [&](int n) { return first + columns[16 * j + n].chunks * 16; });

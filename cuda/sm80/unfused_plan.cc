@@ -184,8 +184,10 @@ double estimate_tile(const UnfusedShape& shape, Operation operation, const Unfus
     instructions += sizes.warps * part_slabs * kPartRows * sizes.run_chunks * run_chunk;
     bytes += sizes.warps * part_slabs * kPartRows * (sizes.run_chunks * 16 + 16);
   }
-  const double ctas = std::min(220 * 1024 / (sizes.layout.bytes + 1024), 20 / sizes.warps);
-  const double waiting = std::max(1.0, 12 / (std::max(ctas, 1.0) * sizes.warps));
+  // Copies and products of one CTA overlap only if it has several slabs, those of different CTAs always.
+  const int ctas = std::max(1, std::min(220 * 1024 / (sizes.layout.bytes + 1024), 20 / sizes.warps));
+  const double waiting = std::max(1.0, 16.0 / (ctas * sizes.warps)) *
+                         std::sqrt(std::max(1.0, 3.0 / (ctas * (sizes.slabs > 1 ? 1.5 : 1.0))));
   return waiting * (instructions / kInstructionsPerClock + bytes / kBytesPerClock);
 }
 
@@ -291,28 +293,31 @@ const char* why_not_plan(const UnfusedShape& shape, Operation operation, const U
   return why_not_sizes(operation, plan, find_sizes(shape, operation, plan, false, most), most);
 }
 
-UnfusedPlan choose_plan(const UnfusedShape& shape, Operation operation) {
+const UnfusedTiling& choose_tiling(const UnfusedShape& shape, Operation operation) {
   std::vector<int64_t> key = {int(operation), int(shape.dtype), shape.batch,      shape.heads,
                               shape.kv_heads, shape.dim,        shape.additional, shape.neighborhood.rank};
   for (const Axis& axis : shape.neighborhood.axes) {
     key.insert(key.end(), {axis.length, axis.window, axis.stride, axis.dilation, axis.causal});
   }
   static std::mutex mutex;
-  static std::map<std::vector<int64_t>, UnfusedPlan> known;
+  static std::map<std::vector<int64_t>, UnfusedTiling> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
-  return found != known.end() ? found->second : known.emplace(key, find_plan(shape, operation)).first->second;
+  if (found != known.end()) return found->second;
+  const UnfusedPlan plan = find_plan(shape, operation);
+  return known.emplace(key, UnfusedTiling{plan, sizes_of(shape, operation, plan)}).first->second;
 }
 
-UnfusedPlan choose_dense_plan(const UnfusedShape& shape) {
+UnfusedTiling choose_dense_tiling(const UnfusedShape& shape) {
   UnfusedPlan plan;
   int warps = 1;
   while (warps < kMostWarps && warps * kPartRows < shape.additional) warps *= 2;
   plan.row_part[2] = kPartRows;
   plan.row_tile[2] = warps * kPartRows;
-  plan.column_tile[2] = kMostListed;
-  while (sizes_of(shape, Operation::kIn, plan, true).layout.bytes > kSharedBytes) plan.column_tile[2] /= 2;
-  return plan;
+  for (plan.column_tile[2] = kMostListed;; plan.column_tile[2] /= 2) {
+    const UnfusedSizes sizes = sizes_of(shape, Operation::kIn, plan, true);
+    if (sizes.layout.bytes <= kSharedBytes) return {plan, sizes};
+  }
 }
 
 }  // namespace jax_natten::sm80

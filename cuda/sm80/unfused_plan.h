@@ -16,12 +16,6 @@ struct UnfusedPlan {
 // Why a plan does not fit a problem; nullptr if it does.
 const char* why_not_plan(const UnfusedShape& shape, Operation operation, const UnfusedPlan& plan);
 
-// The plan with the least estimated time. Found once for every problem and remembered.
-UnfusedPlan choose_plan(const UnfusedShape& shape, Operation operation);
-
-// Tiles of the additional keys in IN.
-UnfusedPlan choose_dense_plan(const UnfusedShape& shape);
-
 // Everything about a plan that kernels need to know; of one that fits.
 struct UnfusedSizes {
   int warps;
@@ -38,6 +32,17 @@ struct UnfusedSizes {
 };
 
 UnfusedSizes sizes_of(const UnfusedShape& shape, Operation operation, const UnfusedPlan& plan, bool dense = false);
+
+struct UnfusedTiling {
+  UnfusedPlan plan;
+  UnfusedSizes sizes;
+};
+
+// The plan with the least estimated time. Found once for every problem and remembered for good.
+const UnfusedTiling& choose_tiling(const UnfusedShape& shape, Operation operation);
+
+// Tiles of the additional keys in IN.
+UnfusedTiling choose_dense_tiling(const UnfusedShape& shape);
 
 // Row tiles of one head of one batch element.
 int64_t count_tiles(const UnfusedShape& shape, const UnfusedPlan& plan);

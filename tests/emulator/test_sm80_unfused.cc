@@ -284,7 +284,7 @@ UnfusedPlan random_plan(std::mt19937& random, const UnfusedShape& shape, Operati
     }
     if (sm80::why_not_plan(shape, operation, plan) == nullptr) return plan;
   }
-  return sm80::choose_plan(shape, operation);
+  return sm80::choose_tiling(shape, operation).plan;
 }
 
 std::string to_string(const UnfusedPlan& plan) {
@@ -317,7 +317,7 @@ bool check(const Problem& problem, Operation operation, unsigned seed) {
   std::mt19937 random(seed + 7777 * unsigned(operation));
   const bool chosen = random() % 2;
   const UnfusedPlan plan =
-      chosen ? sm80::choose_plan(problem.shape, operation) : random_plan(random, problem.shape, operation);
+      chosen ? sm80::choose_tiling(problem.shape, operation).plan : random_plan(random, problem.shape, operation);
   std::printf("%s %s | %s seed %u", kNames[int(operation)], describe(problem).c_str(), to_string(plan).c_str(), seed);
   std::fflush(stdout);
   if (const char* reason = sm80::why_not(problem.shape, operation)) {
@@ -362,7 +362,7 @@ int print_plans() {
     shape.dim = problem.shape.dim;
     for (const Operation operation : {Operation::kPn, Operation::kNn, Operation::kIn}) {
       const auto begin = std::chrono::steady_clock::now();
-      const UnfusedPlan plan = sm80::choose_plan(shape, operation);
+      const UnfusedPlan plan = sm80::choose_tiling(shape, operation).plan;
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
       const sm80::UnfusedSizes sizes = sm80::sizes_of(shape, operation, plan);
       std::printf("%-14s %s %-32s warps %d list %3d slabs %d rows of a slab %d run chunks %d shared %d (%.1f ms)\n",
