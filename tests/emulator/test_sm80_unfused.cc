@@ -3,12 +3,14 @@
 //   test_sm80_unfused [N [SEED]]     N random problems (default 40, 0): all three operations, each under the plan that
 //   is
 //                                    chosen for it or a random one
+//   test_sm80_unfused --hard [MOST]  the hard windows with at most MOST (default 2e8) multiplications, all causal axes
 //   test_sm80_unfused --plans        the chosen plans of the benchmark's problems
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <random>
 #include <string>
 
@@ -131,6 +133,27 @@ double tolerance(const Problem& problem) {
   }
 }
 
+// Runs a problem, and some problems again: the results must have the same bits, whatever the order of threads.
+template <typename Launch>
+bool run_twice(Launch launch, std::initializer_list<const Array*> results, std::mt19937& random, cudaError_t& error) {
+  emulator::Settings settings;
+  settings.seed = random();
+  settings.capability[0] = 8;
+  emulator::configure(settings);
+  error = launch();
+  if (error != cudaSuccess || random() % 8 != 0) return error == cudaSuccess;
+  std::vector<std::string> first;
+  for (const Array* result : results) first.push_back(result->bytes());
+  ++settings.seed;
+  emulator::configure(settings);
+  error = launch();
+  size_t i = 0;
+  for (const Array* result : results) {
+    if (result->bytes() != first[i++]) std::printf(" OTHER BITS"), error = cudaErrorInvalidValue;
+  }
+  return error == cudaSuccess;
+}
+
 double check_pn(const Problem& problem, const UnfusedPlan* plan, std::mt19937& random, cudaError_t& error) {
   const UnfusedShape& s = problem.shape;
   const Counts n(s);
@@ -146,8 +169,9 @@ double check_pn(const Problem& problem, const UnfusedPlan* plan, std::mt19937& r
   params.additional_keys = s.additional > 0 ? additional.data() : nullptr;
   params.bias = s.has_bias() ? bias.data() : nullptr;
   params.weights = weights.data();
-  error = sm80::pn(params, nullptr, problem.precision, plan);
-  if (error != cudaSuccess) return INFINITY;
+  if (!run_twice([&] { return sm80::pn(params, nullptr, problem.precision, plan); }, {&weights}, random, error)) {
+    return INFINITY;
+  }
   const std::vector<double> q = queries.values(), k = keys.values(), ak = additional.values(), b = bias.values();
   const double fill = s.fill_negative_infinity ? -INFINITY : 0;
   std::vector<double> reference(n.weights, fill);
@@ -195,8 +219,9 @@ double check_nn(const Problem& problem, const UnfusedPlan* plan, std::mt19937& r
   params.keys = keys.data();
   params.additional_keys = s.additional > 0 ? additional.data() : nullptr;
   params.queries = queries.data();
-  error = sm80::nn(params, nullptr, problem.precision, plan);
-  if (error != cudaSuccess) return INFINITY;
+  if (!run_twice([&] { return sm80::nn(params, nullptr, problem.precision, plan); }, {&queries}, random, error)) {
+    return INFINITY;
+  }
   const std::vector<double> w = weights.values(), k = keys.values(), ak = additional.values();
   std::vector<double> reference(n.rows * s.dim, 0);
   for_each_pair(s, [&](int64_t row, int64_t slot, int64_t key, int64_t additional_key, int64_t) {
@@ -223,8 +248,10 @@ double check_in(const Problem& problem, const UnfusedPlan* plan, std::mt19937& r
   params.additional_keys = s.additional > 0 ? additional.data() : nullptr;
   params.workspace = workspace.data();
   params.workspace_size = in_workspace(s);
-  error = sm80::in(params, nullptr, problem.precision, plan);
-  if (error != cudaSuccess) return INFINITY;
+  if (!run_twice([&] { return sm80::in(params, nullptr, problem.precision, plan); }, {&keys, &additional}, random,
+                 error)) {
+    return INFINITY;
+  }
   const std::vector<double> w = weights.values(), q = queries.values();
   std::vector<double> reference(n.key_rows * s.dim, 0), additional_reference(n.additional_rows * s.dim, 0);
   for_each_pair(s, [&](int64_t row, int64_t slot, int64_t key, int64_t additional_key, int64_t) {
@@ -325,10 +352,6 @@ bool check(const Problem& problem, Operation operation, unsigned seed) {
     return true;
   }
   const auto begin = std::chrono::steady_clock::now();
-  emulator::Settings settings;
-  settings.seed = seed;
-  settings.capability[0] = 8;
-  emulator::configure(settings);
   cudaError_t status = cudaSuccess;
   const auto run = operation == Operation::kPn ? check_pn : operation == Operation::kNn ? check_nn : check_in;
   const double error = run(problem, chosen ? nullptr : &plan, random, status);
@@ -337,6 +360,31 @@ bool check(const Problem& problem, Operation operation, unsigned seed) {
   std::printf(" %s error %.1e %.2f s %s\n", status == cudaSuccess ? "" : cudaGetErrorString(status), error,
               seconds.count(), good ? "ok" : "WRONG");
   return good;
+}
+
+int check_hard(double most) {
+  int wrong = 0, count = 0;
+  for (unsigned causal = 0; causal < 8; ++causal) {
+    for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+      for (const driver::Problem& hard : driver::hard_problems(DType::kBFloat16, causal)) {
+        Problem problem;
+        UnfusedShape& s = problem.shape;
+        s.dtype = dtype;
+        s.neighborhood = hard.shape.neighborhood;
+        s.batch = hard.shape.batch;
+        s.heads = hard.shape.heads;
+        s.kv_heads = hard.shape.kv_heads;
+        s.dim = hard.shape.dim;
+        s.fill_negative_infinity = causal % 2;
+        if (double(Counts(s).weights) * s.dim > most) continue;
+        for (const Operation operation : {Operation::kPn, Operation::kNn, Operation::kIn}) {
+          wrong += !check(problem, operation, ++count);
+        }
+      }
+    }
+  }
+  std::printf("%d of %d problems wrong\n", wrong, count);
+  return wrong != 0;
 }
 
 int print_plans() {
@@ -376,6 +424,7 @@ int print_plans() {
 
 int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "--plans") == 0) return print_plans();
+  if (argc > 1 && std::strcmp(argv[1], "--hard") == 0) return check_hard(argc > 2 ? std::atof(argv[2]) : 2e8);
   const int count = argc > 1 ? std::atoi(argv[1]) : 40;
   const unsigned seed = argc > 2 ? unsigned(std::atoi(argv[2])) : 0;
   const char* only = argc > 3 ? argv[3] : "";
