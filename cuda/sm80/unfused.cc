@@ -77,6 +77,7 @@ UnfusedParams make_params(const UnfusedShape& shape, Operation operation, const 
   params.schedule.by_heads = FastDivisor(params.schedule.heads);
   params.schedule.by_group = FastDivisor(shape.group());
   params.by_tiles = FastDivisor(int(std::min<int64_t>(count_tiles(shape, plan), INT32_MAX)));
+  params.first_axis = kMaxRank - (dense ? 1 : neighborhood.rank);
   params.groups = sizes.groups;
   params.sliced = sizes.sliced;
   params.slab_size = sizes.slab_size;

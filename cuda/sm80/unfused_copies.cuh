@@ -6,11 +6,8 @@
 
 namespace jax_natten::sm80 {
 
-// CTAs of 8 warps per multiprocessor that the registers of a kernel for a head dim must leave room for.
-template <int kDim>
-constexpr int kMinBlocks = kDim <= 32   ? 3
-                           : kDim <= 64 ? 2
-                                        : 1;
+// CTAs of 8 warps per multiprocessor that the registers of a kernel for rows of `bytes` must leave room for.
+constexpr int min_blocks(int bytes) { return bytes <= 64 ? 3 : bytes <= 256 ? 2 : 1; }
 
 template <typename T>
 __device__ __forceinline__ uint32_t load_element(const void* source) {
@@ -125,10 +122,14 @@ __device__ __forceinline__ void find_slab_rows(const UnfusedParams& p, SlabRow* 
 }
 
 // Whether a row of a slab is one of the tile's columns.
-__device__ __forceinline__ bool in_tile(const QueryTile& tile, const Slab& slab, const SlabRow& row) {
+__device__ __forceinline__ bool in_tile(const UnfusedParams& p, const QueryTile& tile, const Slab& slab,
+                                        const SlabRow& row) {
   bool inside = true;
 #pragma unroll
-  for (int a = 0; a < kMaxRank; ++a) inside = inside && slab.begin[a] + row.coordinate(a) < tile.extent[a];
+  for (int a = 0; a < kMaxRank; ++a) {
+    if (a < p.first_axis) continue;
+    inside = inside && slab.begin[a] + row.coordinate(a) < tile.extent[a];
+  }
   return inside;
 }
 
@@ -158,7 +159,7 @@ __device__ __forceinline__ void copy_slab(const UnfusedParams& p, const QueryTil
     if (!additional) {
       const SlabRow slab_row = slab_rows[row];
       position = slab_row.position;
-      inside = in_tile(tile, slab, slab_row);
+      inside = in_tile(p, tile, slab, slab_row);
     }
     const int bytes = inside ? imin(imax(p.vector_bytes - 16 * chunk, 0), 16) : 0;
     const char* at = bytes > 0 ? source + position * step + 16 * chunk : columns.data;

@@ -47,13 +47,14 @@ __device__ __forceinline__ void find_runs(const UnfusedParams& p, const UnfusedT
       slot = 0;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
+        if (a < p.first_axis) continue;
         const int query = imin(tile.key[a] + slab.begin[a] + row.coordinate(a), tile.length[a] - 1);
         begin[a] = window(axes[a], query, tile.length[a]).begin;
         slot += (tile.query[a] - begin[a]) * p.slot_step[a];
       }
       range = slots_of_keys(p, begin, tile.query, count);
     }
-    if (!in_tile(tile, slab, row)) range.count = 0;
+    if (!in_tile(p, tile, slab, row)) range.count = 0;
     runs[n] = place_run<T>(p, (first + row.position) * p.weight_heads + query_head, range, n, slot);
   }
 }
@@ -112,7 +113,7 @@ struct InWarp {
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
+__global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
     unfused_in(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -122,11 +123,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
   auto* all_runs = reinterpret_cast<Run*>(shared_memory + p.layout.runs);
   const uint32_t memory = ptx::shared_address(shared_memory);
-  const UnfusedTile tile = p.dense ? decode_dense_tile(p) : decode_tile<Operation::kIn>(p);
-  if (tile.empty()) return;
+  auto& tile = *reinterpret_cast<UnfusedTile*>(shared_memory + p.layout.tile);  // registers are scarce
+  const UnfusedTile decoded = p.dense ? decode_dense_tile(p) : decode_tile<Operation::kIn>(p);
+  if (decoded.empty()) return;
 
+  if (threadIdx.x == 0) tile = decoded;
   find_slab_rows(p, slab_rows);
-  find_rows<Operation::kIn>(p, tile, warp, lane, rows);
+  find_rows<Operation::kIn>(p, decoded, warp, lane, rows);
   __syncthreads();
 
   InWarp<Numbers, kSteps> own{p, tables, rows, lane, {}, {}};

@@ -82,7 +82,7 @@ struct NnWarp {
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
+__global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
     unfused_nn(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -92,11 +92,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
   auto* all_runs = reinterpret_cast<Run*>(shared_memory + p.layout.runs);
   const uint32_t memory = ptx::shared_address(shared_memory);
-  const UnfusedTile tile = decode_tile<Operation::kNn>(p);
-  if (tile.empty()) return;
+  auto& tile = *reinterpret_cast<UnfusedTile*>(shared_memory + p.layout.tile);  // registers are scarce
+  const UnfusedTile decoded = decode_tile<Operation::kNn>(p);
+  if (decoded.empty()) return;
 
+  if (threadIdx.x == 0) tile = decoded;
   find_slab_rows(p, slab_rows);
-  find_rows<Operation::kNn>(p, tile, warp, lane, rows);
+  find_rows<Operation::kNn>(p, decoded, warp, lane, rows);
   __syncthreads();
 
   const int key_head = p.schedule.by_group.quotient(tile.head);

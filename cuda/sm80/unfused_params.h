@@ -32,8 +32,8 @@ constexpr int kMostWarps = 8;
 constexpr int kMostListed = kMaxKeyColumns;
 constexpr int kMostSlabRows = 1023;  // along an axis: 10 bits of SlabRow
 
-// Sizes of PartRow, SlabRow and Run.
-constexpr int kPartRowBytes = 48, kSlabRowBytes = 8, kRunBytes = 16;
+// Sizes of UnfusedTile, PartRow, SlabRow and Run.
+constexpr int kTileBytes = 72, kPartRowBytes = 48, kSlabRowBytes = 8, kRunBytes = 16;
 
 // Between two slabs that are computed, or copied, at the same time; and the slabs of IN whose runs are known.
 constexpr int kMostBuffers = 2, kMostFound = 3;
@@ -63,6 +63,7 @@ struct Vectors {
 // Offsets in shared memory, in bytes.
 struct UnfusedLayout {
   int tables;      // UnfusedTables
+  int tile;        // UnfusedTile
   int additional;  // ListedColumn[kMostAdditionalListed]
   int rows;        // PartRow[warps][16]
   int slab_rows;   // SlabRow[rows of a slab]
@@ -78,6 +79,7 @@ constexpr int kOutputPiece = 64, kOutputPitch = kOutputPiece + 16;
 
 struct UnfusedParams {
   TileSchedule schedule;
+  int first_axis;                               // that the problem has
   FastDivisor by_tiles;                         // of a head
   int list[kMaxRank];                           // columns of a list
   int groups;                                   // of 16 columns of a list

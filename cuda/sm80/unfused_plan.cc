@@ -72,6 +72,7 @@ UnfusedLayout make_layout(Operation operation, const UnfusedSizes& sizes) {
     return begin;
   };
   layout.tables = reserve(sizeof(UnfusedTables));
+  layout.tile = reserve(kTileBytes);
   layout.additional = reserve(kMostAdditionalListed * sizeof(ListedColumn));
   layout.rows = reserve(sizes.warps * kPartRows * kPartRowBytes);
   layout.slab_rows = reserve(sizes.slab_size * kSlabRowBytes);
@@ -96,7 +97,7 @@ UnfusedSizes find_sizes(const UnfusedShape& shape, Operation operation, const Un
   sizes.slot_step[2] = 1;
   sizes.slot_step[1] = dense ? 1 : axes[2].window;
   sizes.slot_step[0] = dense ? 1 : axes[2].window * axes[1].window;
-  sizes.sliced = 0;
+  sizes.sliced = kMaxRank - shape.neighborhood.rank;
   sizes.slabs = 1;
   for (int a = 0; a < kMaxRank; ++a) {
     const int of_tile = dense ? plan.column_tile[a] : most(a, plan.row_tile[a]);

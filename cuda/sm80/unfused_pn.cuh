@@ -202,7 +202,7 @@ struct PnWarp {
 };
 
 template <class Numbers, int kSteps>
-__global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::kStepChannels>)
+__global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
     unfused_pn(const __grid_constant__ UnfusedParams p) {
   using T = typename Numbers::Element;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -212,11 +212,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, kMinBlocks<kSteps * Numbers::
   auto* rows = reinterpret_cast<PartRow*>(shared_memory + p.layout.rows) + warp * kPartRows;
   auto* runs = reinterpret_cast<Run*>(shared_memory + p.layout.runs) + warp * kPartRows;
   const uint32_t memory = ptx::shared_address(shared_memory);
-  const UnfusedTile tile = decode_tile<Operation::kPn>(p);
-  if (tile.empty()) return;
+  auto& tile = *reinterpret_cast<UnfusedTile*>(shared_memory + p.layout.tile);  // registers are scarce
+  const UnfusedTile decoded = decode_tile<Operation::kPn>(p);
+  if (decoded.empty()) return;
 
+  if (threadIdx.x == 0) tile = decoded;
   find_slab_rows(p, slab_rows);
-  find_rows<Operation::kPn>(p, tile, warp, lane, rows);
+  find_rows<Operation::kPn>(p, decoded, warp, lane, rows);
   __syncthreads();
 
   const int key_head = p.schedule.by_group.quotient(tile.head);

@@ -12,6 +12,7 @@ constexpr Walk walk_of(Operation operation) {
 struct UnfusedTile : QueryTile {
   int chunk = 0;  // of queries, for additional keys in IN
 };
+static_assert(sizeof(UnfusedTile) == kTileBytes, "the host reserves kTileBytes");
 
 // Heads follow each other fastest, since their rows of weights share cache lines, then tiles, then batch elements.
 template <Operation kOperation>
@@ -20,8 +21,12 @@ __device__ __forceinline__ UnfusedTile decode_tile(const UnfusedParams& p) {
   int head, in_head;
   const int rest = p.schedule.by_heads.divide(int(blockIdx.x), head);
   const int batch = p.by_tiles.divide(rest, in_head);
-  static_cast<QueryTile&>(tile) = decode_query_tile<kMaxRank, walk_of(kOperation)>(
-      p.schedule, (batch * p.schedule.heads + head) * p.by_tiles.divisor + in_head);
+  const int index = (batch * p.schedule.heads + head) * p.by_tiles.divisor + in_head;
+  constexpr Walk kWalk = walk_of(kOperation);
+  QueryTile& decoded = tile;
+  decoded = p.first_axis == 2   ? decode_query_tile<1, kWalk>(p.schedule, index)
+            : p.first_axis == 1 ? decode_query_tile<2, kWalk>(p.schedule, index)
+                                : decode_query_tile<3, kWalk>(p.schedule, index);
   if (kOperation == Operation::kPn && p.causal) {
     // Slots past a causal query are written too: the tile extends to the keys that they stand for.
 #pragma unroll
@@ -59,6 +64,7 @@ __device__ __forceinline__ int64_t position_of(const UnfusedParams& p, const Que
   int64_t position = 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
+    if (a < p.first_axis) continue;
     position += (int64_t(index[a]) * p.schedule.axes[a].dilation + tile.phase[a]) * p.position_step[a];
   }
   return position;
@@ -91,6 +97,9 @@ __device__ __forceinline__ void find_rows(const UnfusedParams& p, const UnfusedT
     row.exists = 1;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
+      index[a] = row.in_tile[a] = row.begin[a] = 0;
+      row.end[a] = 1;
+      if (a < p.first_axis) continue;
       index[a] = imin(tile.query[a] + in_tile[a], tile.length[a] - 1);
       if (tile.query[a] + in_tile[a] >= tile.length[a]) row.exists = 0;
       row.in_tile[a] = index[a] - tile.query[a];
@@ -142,6 +151,8 @@ __device__ __forceinline__ bool find_list(const UnfusedParams& p, const Slab& sl
   bool seen = rows[0].exists;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
+    list.begin[a] = 0;
+    if (a < p.first_axis) continue;
     const TiledAxis& axis = p.schedule.axes[a];
     const PartRow& last = rows[kPartRows - 1];
     const int begin = rows[0].begin[a], end = kOperation == Operation::kPn ? last.begin[a] + axis.window : last.end[a];
@@ -157,13 +168,15 @@ __device__ __forceinline__ bool find_list(const UnfusedParams& p, const Slab& sl
 // of slots, also past a causal query.
 __device__ __forceinline__ uint32_t mask_of_row(const UnfusedParams& p, const uint32_t* table, const PartRow& row,
                                                 const List& list, bool slots, int lane) {
-  Interval columns[kMaxRank];
+  uint32_t word = row.exists ? ~uint32_t(0) : 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
-    columns[a] = {row.begin[a], slots ? row.begin[a] + p.schedule.axes[a].window : row.end[a]};
+    if (a < p.first_axis) continue;
+    const int begin = row.begin[a] - list.begin[a];
+    const int end = slots ? begin + p.schedule.axes[a].window : row.end[a] - list.begin[a];
+    word &= key_mask_word(p.mask_layout, table, a, {begin, end}, lane % 4);
   }
-  const uint32_t word = key_mask_word<kMaxRank>(p.mask_layout, table, columns, list.begin, lane % 4);
-  return row.exists ? word : 0;
+  return word;
 }
 
 // The same for the first `count` columns.
@@ -190,7 +203,7 @@ __device__ __forceinline__ SlotRange slots_in_slab(const UnfusedParams& p, const
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
     const TiledAxis& axis = p.schedule.axes[a];
-    if (a > p.sliced) continue;
+    if (a < p.first_axis || a > p.sliced) continue;
     const int low = imax(slab.begin[a] - begin[a], 0);
     const int high = imin(slab.begin[a] + axis.key_tile - begin[a], axis.window);
     seen = seen && low < high;
@@ -210,6 +223,7 @@ __device__ __forceinline__ SlotRange slots_of_keys(const UnfusedParams& p, const
   int last = 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
+    if (a < p.first_axis) continue;
     const int low = imax(first[a] - begin[a], 0);
     const int high = imin(first[a] + count[a] - begin[a], p.schedule.axes[a].window);
     seen = seen && low < high;
