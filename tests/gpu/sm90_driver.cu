@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "../../cuda/sm90/forward.h"
-#include "../../cuda/sm90/wide_launch.h"
+#include "../../cuda/sm90/wide_shape.h"
 #include "device_reference.cuh"
 #include "problems.h"
 #include "tma_probe.cuh"
