@@ -19,8 +19,8 @@ FEW, FEW_ROWS = 256, 64
 # So may sums whose terms cancel: plain attention knows that the gradients of a window of one key cancel and is exact
 # there, an implementation that stores no weights sums twice in different orders.
 CANCELS = 4
-# So may the gradients that sum over all queries of the grid: in single precision the order of so long a sum decides, and
-# plain attention leaves it to a matrix product, whose order is another one in every library.
+# So may the gradients that sum over all queries of the grid: in single precision the order of so long a sum decides,
+# and plain attention leaves it to a matrix product, whose order is another one in every library.
 LONG_SUMS = ("d_additional_keys", "d_additional_values", "d_rpb")
 
 
