@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: compiled by g++ with the stand-ins of tests/emulator and compared with the definition."""
+"""The CUDA kernels on the CPU, built by g++ with the stand-ins of tests/emulator and compared with the definition."""
 
 import os
 import pathlib
@@ -18,6 +18,10 @@ def run(name, *arguments):
     subprocess.run(["make", "-C", ROOT / "tests" / "emulator", f"-j{os.cpu_count()}", name], check=True)
     result = subprocess.run([BUILD / name, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_the_emulator_finds_faults():
+    run("test_emulator")
 
 
 def test_sm90_forward_kernels_compute_the_definition():

@@ -1,6 +1,7 @@
 // A CPU emulator of CUDA's execution model, enough to run the project's kernels (README.md says what is modelled).
 //
-// This header is what tests and the stand-ins of CUDA's headers (include/) use; the engine is in emulator.cc.
+// This header is what tests and the stand-ins of CUDA's headers (include/) use; the engine is in the .cc files that are
+// not tests.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,7 @@ class Memory {
   void* data() const { return data_; }
   template <typename T>
   T* as() const {
-    return static_cast<T*>(data_);
+    return reinterpret_cast<T*>(data_);
   }
   size_t bytes() const { return bytes_; }
   // The bytes between the array and the guard pages are untouched.
