@@ -84,12 +84,12 @@ __device__ __forceinline__ void fill_tables(const UnfusedParams& p, uint8_t* mem
   }
 }
 
-// Columns 2 q and 2 q + 1 (q = lane % 4) of eight.
+// Two columns from an even one on.
 struct ColumnPair {
   ListedColumn column[2];
 
-  __device__ __forceinline__ ColumnPair(const ListedColumn* columns, int first, int lane) {
-    const uint2 words = *reinterpret_cast<const uint2*>(columns + first + lane % 4 * 2);
+  __device__ __forceinline__ explicit ColumnPair(const ListedColumn* first) {
+    const uint2 words = *reinterpret_cast<const uint2*>(first);
     column[0] = {uint16_t(words.x), uint16_t(words.x >> 16)};
     column[1] = {uint16_t(words.y), uint16_t(words.y >> 16)};
   }

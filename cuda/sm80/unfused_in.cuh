@@ -90,14 +90,14 @@ struct InWarp {
     for (int i = 0; i < 2; ++i) {
       seen[i] = mask_of_row(p, tables.common.mask, rows[lane / 4 + 8 * i], list, false, lane);
     }
-    const ListedColumn* const columns = tables.common.listed;
+    const ListedColumn* columns = tables.common.listed;
     const Run* const listed_runs = runs + list.slab_row;
     const uint32_t first = queries + list.slab_row * p.vector_pitch;
+    const ListedColumn* own = columns + lane % 4 * 2;
 #pragma unroll 1
-    for (int j = 0; j < p.groups; ++j) {
-      const uint32_t mask[2] = {seen[0] >> 4 * j, seen[1] >> 4 * j};
-      if (!__any_sync(~0u, (mask[0] | mask[1]) & 15)) continue;
-      const ColumnPair pairs[2] = {{columns, 16 * j, lane}, {columns, 16 * j + 8, lane}};
+    for (int j = 0; j < p.groups; ++j, columns += 16, own += 16, seen[0] >>= 4, seen[1] >>= 4) {
+      if (!__any_sync(~0u, (seen[0] | seen[1]) & 15)) continue;
+      const ColumnPair pairs[2] = {ColumnPair(own), ColumnPair(own + 8)};
       uint32_t staged[2][2];
 #pragma unroll
       for (int e = 0; e < 4; ++e) staged[e / 2][e % 2] = stage + listed_runs[pairs[e / 2].column[e % 2].place].base;
@@ -105,9 +105,9 @@ struct InWarp {
           sums, p.vector_steps, lane,
           [&](int i, int half, int b) -> uint32_t {
             const uint32_t at = staged[half][b] + own_slot[i];
-            return mask[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
+            return seen[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
           },
-          [&](int n) { return first + columns[16 * j + n].chunks * 16; });
+          [&](int n) { return first + columns[n].chunks * 16; });
     }
   }
 };

@@ -63,20 +63,20 @@ struct NnWarp {
                              : 0;
       staged[i] = stage + runs[lane / 4 + 8 * i].base;
     }
-    const ListedColumn* const columns = tables.columns(slab);
+    const ListedColumn* columns = tables.columns(slab);
     const uint32_t first = keys + list.slab_row * p.vector_pitch;
+    const ListedColumn* own = columns + lane % 4 * 2;
 #pragma unroll 1
-    for (int j = 0; j < groups; ++j) {
-      const uint32_t mask[2] = {seen[0] >> 4 * j, seen[1] >> 4 * j};
-      if (!__any_sync(~0u, (mask[0] | mask[1]) & 15)) continue;
-      const ColumnPair pairs[2] = {{columns, 16 * j, lane}, {columns, 16 * j + 8, lane}};
+    for (int j = 0; j < groups; ++j, columns += 16, own += 16, seen[0] >>= 4, seen[1] >>= 4) {
+      if (!__any_sync(~0u, (seen[0] | seen[1]) & 15)) continue;
+      const ColumnPair pairs[2] = {ColumnPair(own), ColumnPair(own + 8)};
       add_weighted_columns<Numbers, kSteps>(
           sums, p.vector_steps, lane,
           [&](int i, int half, int b) -> uint32_t {
             const uint32_t at = staged[i] + pairs[half].column[b].place;
-            return mask[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
+            return seen[i] >> (2 * half + b) & 1 ? load_shared_element<T>(at) : 0;
           },
-          [&](int n) { return first + columns[16 * j + n].chunks * 16; });
+          [&](int n) { return first + columns[n].chunks * 16; });
     }
   }
 };

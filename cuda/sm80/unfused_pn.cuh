@@ -140,15 +140,17 @@ struct PnWarp {
 
   __device__ __forceinline__ void multiply(const Work& work) {
     const uint32_t staged[2] = {stage + runs[lane / 4].base, stage + runs[lane / 4 + 8].base};
+    uint32_t slots[2] = {work.slots[0], work.slots[1]};
+    // Of 16 keys and 32 bytes of them, ldmatrix reads (keys 0-7, bytes 0-15), (0-7, 16-31), (8-15, 0-15), (8-15,
+    // 16-31).
+    const ListedColumn* key = work.columns + lane % 8 + lane / 16 * 8;
+    const uint32_t keys = work.keys + lane / 8 % 2 * 16;
+    const ListedColumn* own = work.columns + lane % 4 * 2;
 #pragma unroll 1
-    for (int j = 0; j < work.groups; ++j) {
-      const uint32_t slots[2] = {work.slots[0] >> 4 * j, work.slots[1] >> 4 * j};
+    for (int j = 0; j < work.groups; ++j, key += 16, own += 16, slots[0] >>= 4, slots[1] >>= 4) {
       if (!__any_sync(~0u, (slots[0] | slots[1]) & 15)) continue;
-      // Of 16 keys and 32 bytes of them, ldmatrix reads (keys 0-7, bytes 0-15), (0-7, 16-31), (8-15, 0-15), (8-15,
-      // 16-31).
-      const uint32_t address =
-          work.keys + work.columns[16 * j + lane % 8 + lane / 16 * 8].chunks * 16 + lane / 8 % 2 * 16;
-      const ColumnPair pairs[2] = {{work.columns, 16 * j, lane}, {work.columns, 16 * j + 8, lane}};
+      const uint32_t address = keys + key->chunks * 16;
+      const ColumnPair pairs[2] = {ColumnPair(own), ColumnPair(own + 8)};
       float products[8] = {};
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
