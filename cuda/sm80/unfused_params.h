@@ -35,7 +35,7 @@ constexpr int kMostSlabRows = 1023;  // along an axis: 10 bits of SlabRow
 // Sizes of UnfusedTile, PartRow, SlabRow and Run.
 constexpr int kTileBytes = 72, kPartRowBytes = 48, kSlabRowBytes = 8, kRunBytes = 16;
 
-// Between two slabs that are computed, or copied, at the same time; and the slabs of IN whose runs are known.
+// Slabs in shared memory: one is multiplied while the next is copied. In IN the runs of a third are found meanwhile.
 constexpr int kMostBuffers = 2, kMostFound = 3;
 
 // The n-th column of a list, relative to the first.
@@ -112,7 +112,7 @@ struct UnfusedParams {
   FastDivisor by_run_chunks;
   float fill;  // PN: what a causal slot past the query holds
 
-  int additional_count;  // PN, NN: additional keys
+  int additional_count;  // additional keys; 0 for those of the window in IN
   int additional_tile;   // PN, NN: in a slab
 
   const float* bias;   // PN; null: none

@@ -172,7 +172,7 @@ double estimate_tile(const UnfusedShape& shape, Operation operation, const Unfus
     part_slabs *= std::min(std::max(1.0, columns / tile), (most(a, plan.row_part[a]) + tile - 1) / tile);
   }
   const double chunks = sizes.vector_pitch / 16;
-  const double group = 50 + sizes.vector_steps * (2 + 2 * products);
+  const double group = 60 + sizes.vector_steps * (3 + 2 * products);
   const double run_chunk = 0.6;
   double instructions = 250 * sizes.warps;
   instructions += sizes.warps * part_slabs * (120 + sizes.groups * group);

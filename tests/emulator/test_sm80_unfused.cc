@@ -388,10 +388,6 @@ int check_hard(double most) {
 }
 
 int print_plans() {
-  struct Named {
-    const char* name;
-    driver::Problem problem;
-  };
   constexpr DType t = DType::kBFloat16;
   for (const driver::Problem& problem : {
            driver::make_problem("seq", t, 8, 4, 4, 32, {8192}, {63}, {1}, {1}),
