@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
   const auto runs = [&](int place) { return all_runs + place * p.slab_size; };
   const auto stage = [&](int buffer) { return memory + p.layout.stage + buffer * p.layout.stage_bytes; };
   const auto queries = [&](int buffer) { return memory + p.layout.slabs + buffer * p.layout.slab_bytes; };
+  const auto after = [](int place) { return place == kMostFound - 1 ? 0 : place + 1; };
   const auto head_of = [&](const HeadSlabWalk& walk) { return tile.head * p.schedule.by_group.divisor + walk.member; };
   const auto find = [&](const HeadSlabWalk& walk, int place) {
     find_runs<T>(p, tile, walk.slab(), head_of(walk), slab_rows, runs(place));
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
   bool more = coming.next(p, tile);
   if (more) find(coming, 1);
   for (int place = 0, buffer = 0;; buffer ^= 1) {
-    const int next_place = place == 2 ? 0 : place + 1;
+    const int next_place = after(place);
     ptx::copy_async_wait<0>();
     __syncthreads();  // the slab and its runs are there, the next runs are found, and all before has been read
     const Slab slab = current.slab();
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, min_blocks(32 * kSteps))
       start(coming, next_place, buffer ^ 1);
       current = coming;
       more = coming.next(p, tile);
-      if (more) find(coming, next_place == 2 ? 0 : next_place + 1);
+      if (more) find(coming, after(next_place));
     }
     own.multiply_slab(slab, runs(place), stage(buffer), queries(buffer));
     if (last) break;

@@ -141,8 +141,7 @@ struct PnWarp {
   __device__ __forceinline__ void multiply(const Work& work) {
     const uint32_t staged[2] = {stage + runs[lane / 4].base, stage + runs[lane / 4 + 8].base};
     uint32_t slots[2] = {work.slots[0], work.slots[1]};
-    // Of 16 keys and 32 bytes of them, ldmatrix reads (keys 0-7, bytes 0-15), (0-7, 16-31), (8-15, 0-15), (8-15,
-    // 16-31).
+    // Of 16 keys, ldmatrix reads keys 0-7, bytes 0-15; then keys 0-7, bytes 16-31; then keys 8-15 so.
     const ListedColumn* key = work.columns + lane % 8 + lane / 16 * 8;
     const uint32_t keys = work.keys + lane / 8 % 2 * 16;
     const ListedColumn* own = work.columns + lane % 4 * 2;
