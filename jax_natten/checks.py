@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_natten.neighborhood import Neighborhood
 
@@ -112,6 +113,40 @@ def scale(value, dim: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"scale must be finite; got {value!r}")
     return float(value)
+
+
+_PRECISIONS = ("default", "fastest", "high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32")
+# What an algorithm that jax.default_matmul_precision may name asks for at least; DEFAULT for those left out.
+_ALGORITHMS = {
+    "BF16_BF16_F32_X3": lax.Precision.HIGH,
+    "BF16_BF16_F32_X6": lax.Precision.HIGHEST,
+    "BF16_BF16_F32_X9": lax.Precision.HIGHEST,
+    "TF32_TF32_F32": lax.Precision.HIGH,
+    "TF32_TF32_F32_X3": lax.Precision.HIGHEST,
+    "F32_F32_F32": lax.Precision.HIGHEST,
+    "F64_F64_F64": lax.Precision.HIGHEST,
+}
+
+
+def precision(value) -> lax.Precision:
+    """The precision of float32 products; None means ``jax.default_matmul_precision``, and HIGHEST if that is not set.
+
+    Unlike a matrix product of JAX, attention does not round its operands unless somebody asks for it: kernels of every
+    implementation then agree to float32.
+    """
+    if value is None:
+        value = jax.config.jax_default_matmul_precision
+        if value is None:
+            return lax.Precision.HIGHEST
+        if value in lax.DotAlgorithmPreset.__members__:
+            return _ALGORITHMS.get(value, lax.Precision.DEFAULT)
+    if isinstance(value, lax.Precision):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"precision must be None, a jax.lax.Precision or its name; got {value!r}")
+    if value not in _PRECISIONS:
+        raise ValueError(f"precision must be among {', '.join(_PRECISIONS)}; got {value!r}")
+    return lax.Precision(value)
 
 
 def fold_batch(array: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:

@@ -28,6 +28,7 @@ def neighborhood_qk(
     rpb: jax.Array | None = None,
     *,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
 ) -> jax.Array:
     """Scores of every query with the keys of its window, before the softmax and unscaled (scale the query).
 
@@ -39,7 +40,7 @@ def neighborhood_qk(
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_keys: ``[*batch, S, Hkv, D]``, seen by every query.
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]``, added to the scores. Not with causal axes.
-      implementation: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`.
 
     Returns:
       ``[*batch, *X, Hq, prod(kernel_size) + S]`` in the dtype of ``query``. Causal slots past the query hold -inf.
@@ -56,11 +57,14 @@ def neighborhood_qk(
     checks.groups("query", heads, "key", kv_heads)
     additional_keys = checks.additional("additional_keys", additional_keys, "query", query, batch, kv_heads, dim)
     bias = checks.bias(rpb, heads, window, query.dtype)
+    precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     extra = 0 if additional_keys is None else additional_keys.shape[-3]
     dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
     operands = [*(checks.fold_batch(array, batch) for array in (query, key, additional_keys)), bias]
-    weights = unfused.pn(*operands, neighborhood=window, fill_negative_infinity=True, implementation=requested)
+    weights = unfused.pn(
+        *operands, neighborhood=window, fill_negative_infinity=True, precision=precision, implementation=requested
+    )
     return weights.reshape(*batch, *weights.shape[1:])
 
 
@@ -74,6 +78,7 @@ def neighborhood_av(
     additional_values: jax.Array | None = None,
     *,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
 ) -> jax.Array:
     """Sum of the values of every query's window, weighted by ``attn``.
 
@@ -84,7 +89,7 @@ def neighborhood_av(
       value: ``[*batch, *X, Hkv, Dv]``; Hkv divides Hq.
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_values: ``[*batch, S, Hkv, Dv]``.
-      implementation: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`.
 
     Returns:
       ``[*batch, *X, Hq, Dv]`` in the dtype of ``attn``.
@@ -107,10 +112,11 @@ def neighborhood_av(
             f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; "
             f"got shape {attn.shape}"
         )
+    precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     dispatch.check(unfused.problem("nn", attn.dtype, heads, kv_heads, dim, extra, False, window), requested)
     operands = [checks.fold_batch(array, batch) for array in (attn, value, additional_values)]
-    out = unfused.nn(*operands, neighborhood=window, implementation=requested)
+    out = unfused.nn(*operands, neighborhood=window, precision=precision, implementation=requested)
     return out.reshape(*batch, *out.shape[1:])
 
 

@@ -88,6 +88,7 @@ def test_calls_hold_the_attributes_of_the_wire_format(platform):
             "dilation": "dense<[2, 1]> : tensor<2xi64>",
             "is_causal": "dense<[1, 0]> : tensor<2xi64>",
             "scale": "2.500000e-01 : f64",
+            "precision": '"highest"',
             "implementation": f'"{KERNELS[platform]}"',
         }
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
@@ -100,6 +101,11 @@ def window_attributes(neighborhood: Neighborhood) -> dict[str, np.ndarray]:
     """The custom-call attributes that describe a neighborhood."""
     fields = ("kernel_size", "stride", "dilation", "is_causal")
     return {field: np.asarray(getattr(neighborhood, field), np.int64) for field in fields}
+
+
+def precision_attribute(precision: lax.Precision) -> dict[str, str]:
+    """The custom-call attribute that says how far float32 products may be rounded: its name in lower case."""
+    return {"precision": precision.name.lower()}
 
 
 def bind(primitive: Primitive, *operands, **params) -> list[jax.Array]:

@@ -19,8 +19,15 @@ from jax.interpreters import ad
 
 from jax_natten.bias import bias_gradient
 from jax_natten.dispatch import Problem
-from jax_natten.primitives import shim, workspace
-from jax_natten.primitives.factory import NativeCall, Operation, bind, define, window_attributes
+from jax_natten.primitives import cost, shim, workspace
+from jax_natten.primitives.factory import (
+    NativeCall,
+    Operation,
+    bind,
+    define,
+    precision_attribute,
+    window_attributes,
+)
 from jax_natten.xla import unfused as xla
 
 _WEIGHTS, _QUERIES, _KEYS, _ADDITIONAL, _BIAS = "bXhw", "bXhd", "bXkd", "bskd", "ghpqr"
@@ -37,7 +44,7 @@ def _pn_avals(queries, keys, additional, bias, *, neighborhood, **_):
     return [shim.derive(queries, (*queries.shape[:-1], slots), axes=axes)]
 
 
-def _pn_native(queries, keys, additional, bias, *, neighborhood, fill_negative_infinity):
+def _pn_native(queries, keys, additional, bias, *, neighborhood, precision, fill_negative_infinity):
     case = problem(
         "pn",
         queries.dtype,
@@ -48,18 +55,18 @@ def _pn_native(queries, keys, additional, bias, *, neighborhood, fill_negative_i
         bias.shape[1] > 0,
         neighborhood,
     )
-    attributes = window_attributes(neighborhood) | {"fill_negative_infinity": np.bool_(fill_negative_infinity)}
-    return NativeCall("jax_natten_pn", case, attributes)
+    attributes = window_attributes(neighborhood) | precision_attribute(precision)
+    return NativeCall("jax_natten_pn", case, attributes | {"fill_negative_infinity": np.bool_(fill_negative_infinity)})
 
 
 def _nn_avals(weights, keys, additional, **_):
     return [shim.derive(weights, (*weights.shape[:-1], keys.shape[-1]), axes=(*range(weights.ndim - 1), None))]
 
 
-def _nn_native(weights, keys, additional, *, neighborhood):
+def _nn_native(weights, keys, additional, *, neighborhood, precision):
     heads, (kv_heads, dim) = weights.shape[-2], keys.shape[-2:]
     case = problem("nn", weights.dtype, heads, kv_heads, dim, additional.shape[1], False, neighborhood)
-    return NativeCall("jax_natten_nn", case, window_attributes(neighborhood))
+    return NativeCall("jax_natten_nn", case, window_attributes(neighborhood) | precision_attribute(precision))
 
 
 def _inverse_avals(weights, queries, *, group, additional, **_):
@@ -72,11 +79,11 @@ def _inverse_avals(weights, queries, *, group, additional, **_):
     ]
 
 
-def _inverse_native(weights, queries, *, neighborhood, group, additional):
+def _inverse_native(weights, queries, *, neighborhood, precision, group, additional):
     heads, dim = queries.shape[-2:]
     kv_heads = heads // group
     case = problem("in", queries.dtype, heads, kv_heads, dim, additional, False, neighborhood)
-    attributes = window_attributes(neighborhood)
+    attributes = window_attributes(neighborhood) | precision_attribute(precision)
     return NativeCall("jax_natten_in", case, attributes, workspace.inverse(queries, kv_heads, additional))
 
 
@@ -229,6 +236,16 @@ def _inverse_transpose(cotangents, weights, queries, *, present, group, addition
         return [pn(queries, keys, extra, None, **params), None]
     return [None, nn(weights, keys, extra, **params)]
 
+
+def _flops(weights, rows, neighborhood):
+    """One product over the channels of ``rows`` per slot that holds a key."""
+    additional = weights.shape[-1] - neighborhood.window_size
+    return cost.flops("av", neighborhood, weights.shape[:-1], additional=additional, value_dim=rows.shape[-1])
+
+
+cost.register(pn_p, lambda operands, results, _, neighborhood: _flops(results[0], operands[0], neighborhood))
+cost.register(nn_p, lambda operands, results, _, neighborhood: _flops(operands[0], results[0], neighborhood))
+cost.register(inverse_p, lambda operands, results, _, neighborhood: _flops(operands[0], operands[1], neighborhood))
 
 ad.primitive_jvps[pn_p] = _pn_jvp
 ad.primitive_transposes[pn_p] = _pn_transpose
