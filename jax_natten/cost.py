@@ -36,8 +36,8 @@ def flops(
         :func:`neighborhood_attention`. Arrays may be anything with a shape and a dtype, ``jax.ShapeDtypeStruct`` for
         instance.
       operation: "forward" or "backward" of fused attention, ``2 (D + Dv)`` and ``2 (3 D + 2 Dv)`` per pair (the
-        backward computes the scores again); "qk" or "av" of unfused attention, ``2 D`` and ``2 Dv``, whose gradients cost
-        the same once for each of their two operands.
+        backward computes the scores again); "qk" or "av" of unfused attention, ``2 D`` and ``2 Dv``, whose gradients
+        cost the same once for each of their two operands.
 
     Raises:
       TypeError, ValueError: as :func:`neighborhood_attention`; or ``operation`` is unknown.
