@@ -48,7 +48,14 @@ def split(name: str, array: jax.Array, window: Neighborhood) -> tuple[tuple[int,
             f"kernel_size {window.kernel_size}; got shape {array.shape}"
         )
     batch, grid = array.shape[: array.ndim - rank - 2], array.shape[array.ndim - rank - 2 : -2]
-    window.check_grid(grid)
+    try:
+        window.check_grid(grid)
+    except jax.errors.InconclusiveDimensionOperation:
+        least = tuple(k * d for k, d in zip(window.kernel_size, window.dilation))
+        raise ValueError(
+            f"the windows must fit the symbolic grid {grid}, whose lengths must be at least {least}: say so by the "
+            "constraints of jax.export.symbolic_shape"
+        ) from None
     if array.shape[-1] == 0 or array.shape[-2] == 0:
         raise ValueError(f"{name} must have at least one head and one channel; got shape {array.shape}")
     return batch, grid

@@ -103,7 +103,8 @@ class Neighborhood:
                     f"kernel_size * dilation must be at most the axis length; got {window} * {dilation} > {length} "
                     f"on axis {axis} of grid {tuple(grid)}"
                 )
-            if length > MAX_AXIS_LENGTH:
+            # A symbolic length (jax.export) has no bound; the kernels look when they know it.
+            if isinstance(length, numbers.Integral) and length > MAX_AXIS_LENGTH:
                 raise ValueError(f"axis {axis} of grid {tuple(grid)} is longer than {MAX_AXIS_LENGTH}")
 
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:

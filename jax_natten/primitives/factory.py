@@ -79,7 +79,24 @@ class Operation:
     def run_xla(self, *operands, present, implementation, **params) -> list[jax.Array]:
         """The XLA implementation on the operands and results that are present."""
         full = self.completed(operands, present, params["neighborhood"])
-        return self.present_results(self.xla(*full, **params), present)
+        return self.present_results(self.evaluate_xla(*full, **params), present)
+
+    def evaluate_xla(self, *operands, **params) -> Sequence[jax.Array]:
+        """The XLA implementation on complete operands: walks over a symbolic batch (``jax.export``) by element."""
+        if all(shim.is_constant(x.shape) for x in operands):
+            return self.xla(*operands, **params)
+        if not all(shim.is_constant(x.shape[1:]) for x in operands):
+            raise NotImplementedError("the 'xla' implementation, which runs on this platform, needs a constant grid")
+        batched = [roles[0] == "b" for roles in self.operands]
+        if not all(x.shape[0] == 1 for x, has_batch in zip(operands, batched) if not has_batch):
+            raise NotImplementedError("the 'xla' implementation takes one bias for a symbolic batch, no batch of them")
+
+        def element(mine):
+            given = iter(mine)
+            return self.xla(*(next(given)[None] if has else x for x, has in zip(operands, batched)), **params)
+
+        results = jax.lax.map(element, [x for x, has_batch in zip(operands, batched) if has_batch])
+        return [r[:, 0] if roles[0] == "b" else r.sum(0) for r, roles in zip(results, self.results)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +171,7 @@ def _inner(operation: Operation) -> Primitive:
     inner.def_abstract_eval(operation.abstract_eval)
 
     def lower_xla(ctx, *operands, implementation, **params):
-        return mlir.lower_fun(operation.xla, multiple_results=True)(ctx, *operands, **params)
+        return mlir.lower_fun(operation.evaluate_xla, multiple_results=True)(ctx, *operands, **params)
 
     def lower(ctx, *operands, platform, implementation, **params):
         assert operation.native is not None  # registered only then, see below

@@ -26,6 +26,11 @@ def max_dim(a, b):
     return core.max_dim(a, b)
 
 
+def is_constant(shape) -> bool:
+    """Whether a shape has no symbolic dimensions."""
+    return core.is_constant_shape(tuple(shape))
+
+
 def derive(aval, shape, dtype=None, axes=None):
     """An abstract value like ``aval`` of another shape: keeps its varying mesh axes and its explicit sharding.
 
