@@ -99,19 +99,17 @@ def neighborhood_attention(
     lengths = [0 if x is None else x.shape[-3] for x in (additional_keys, additional_values)]
     if lengths[0] != lengths[1]:
         raise ValueError(f"additional_keys and additional_values must have the same length; got {lengths}")
-    bias = checks.bias(rpb, heads, window, query.dtype)
+    bias = checks.bias(rpb, batch, heads, window, query.dtype)
     scale = checks.scale(scale, dim)
     precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
 
-    operands = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)] + [bias]
-    query, key, value, additional_keys, _, _ = operands
     dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
+    operands = (query, key, value, additional_keys, additional_values, bias)
     out, lse = fused.attention(
         *operands, neighborhood=window, scale=scale, precision=precision, implementation=requested
     )
-    out = out.reshape(*batch, *out.shape[1:])
-    return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 na1d = with_rank(1, neighborhood_attention, "na1d")

@@ -94,8 +94,8 @@ def additional(name: str, array, like_name: str, like: jax.Array, batch: tuple[i
     return array if array.shape[-3] else None
 
 
-def bias(rpb, heads: int, window: Neighborhood, dtype) -> jax.Array | None:
-    """The bias operand ``[1, heads, *(2 * kernel_size - 1)]`` in the accumulation dtype, or None."""
+def bias(rpb, batch: tuple[int, ...], heads: int, window: Neighborhood, dtype) -> jax.Array | None:
+    """The bias operand in the accumulation dtype, with a batch axis of length 1 for each one of the query; or None."""
     if rpb is None:
         return None
     if not isinstance(rpb, jax.Array | np.ndarray) or not jnp.issubdtype(rpb.dtype, jnp.floating):
@@ -105,7 +105,7 @@ def bias(rpb, heads: int, window: Neighborhood, dtype) -> jax.Array | None:
         raise ValueError(f"rpb must have shape [heads, *(2 * kernel_size - 1)] = {expected}; got {rpb.shape}")
     if any(window.is_causal):
         raise ValueError(f"rpb cannot be combined with causal axes; got is_causal {window.is_causal}")
-    return jnp.asarray(rpb, jnp.promote_types(dtype, jnp.float32))[None]
+    return jnp.expand_dims(jnp.asarray(rpb, jnp.promote_types(dtype, jnp.float32)), tuple(range(len(batch))))
 
 
 def scale(value, dim: int) -> float:
@@ -154,13 +154,6 @@ def precision(value) -> lax.Precision:
     if value not in _PRECISIONS:
         raise ValueError(f"precision must be among {', '.join(_PRECISIONS)}; got {value!r}")
     return lax.Precision(value)
-
-
-def fold_batch(array: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-    """Makes one batch axis of any number of them."""
-    if array is None or len(batch) == 1:
-        return array  # no reshape: an explicit sharding stays as it is
-    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
 
 
 Function = TypeVar("Function", bound=Callable)

@@ -56,16 +56,21 @@ def neighborhood_qk(
     checks.channels("key", key, "query", query.shape[-1])
     checks.groups("query", heads, "key", kv_heads)
     additional_keys = checks.additional("additional_keys", additional_keys, "query", query, batch, kv_heads, dim)
-    bias = checks.bias(rpb, heads, window, query.dtype)
+    bias = checks.bias(rpb, batch, heads, window, query.dtype)
     precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     extra = 0 if additional_keys is None else additional_keys.shape[-3]
     dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
-    operands = [*(checks.fold_batch(array, batch) for array in (query, key, additional_keys)), bias]
-    weights = unfused.pn(
-        *operands, neighborhood=window, fill_negative_infinity=True, precision=precision, implementation=requested
+    return unfused.pn(
+        query,
+        key,
+        additional_keys,
+        bias,
+        neighborhood=window,
+        fill_negative_infinity=True,
+        precision=precision,
+        implementation=requested,
     )
-    return weights.reshape(*batch, *weights.shape[1:])
 
 
 def neighborhood_av(
@@ -115,9 +120,8 @@ def neighborhood_av(
     precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     dispatch.check(unfused.problem("nn", attn.dtype, heads, kv_heads, dim, extra, False, window), requested)
-    operands = [checks.fold_batch(array, batch) for array in (attn, value, additional_values)]
-    out = unfused.nn(*operands, neighborhood=window, precision=precision, implementation=requested)
-    return out.reshape(*batch, *out.shape[1:])
+    operands = (attn, value, additional_values)
+    return unfused.nn(*operands, neighborhood=window, precision=precision, implementation=requested)
 
 
 na1d_qk = with_rank(1, neighborhood_qk, "na1d_qk")

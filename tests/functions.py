@@ -217,7 +217,7 @@ def with_gradients(f):
 
 
 def mapped(function: Function, mask, size: int, *words, dtype="float32"):
-    """Operands of which those in the mask have another axis anywhere: ``(operands, in_axes, those of each element)``."""
+    """Operands, those in the mask with another axis anywhere: ``(operands, in_axes, operands of each element)``."""
     rng = generator("mapped", function.name, mask, words)
     operands, in_axes = function.draw(SHAPE, words, dtype=dtype), {}
     for name, has_axis in zip(function.operands, mask):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from functions import CASES, FUNCTIONS, check_vmap, check_vmap_of_derivatives, check_vmap_over_an_empty_axis, masks
+from functions import CASES, check_vmap, check_vmap_of_derivatives, check_vmap_over_an_empty_axis
 
 
 @pytest.mark.parametrize("name", ["lse", "qk", "av", "merge"])

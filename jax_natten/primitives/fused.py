@@ -47,8 +47,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         kv_heads=key.shape[-2],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        additional_keys=0 if additional_keys is None else additional_keys.shape[1],
-        has_bias=bias is not None and bias.shape[1] > 0,
+        additional_keys=0 if additional_keys is None else additional_keys.shape[-3],
+        has_bias=bias is not None and bias.shape[-1 - neighborhood.rank] > 0,
     )
 
 
@@ -134,7 +134,7 @@ def _xla_jvp(operation, primals, tangents, **params):
 
 def _flops(operation, operands, _, present, neighborhood):
     query, _, value, *rest = operands
-    additional = rest[0].shape[1] if present[3] else 0
+    additional = rest[0].shape[-3] if present[3] else 0
     dims = {"dim": query.shape[-1], "value_dim": value.shape[-1]}
     return cost.flops(operation, neighborhood, query.shape[:-1], additional=additional, **dims)
 

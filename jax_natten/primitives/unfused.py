@@ -26,6 +26,7 @@ from jax_natten.primitives.factory import (
     bind,
     define,
     precision_attribute,
+    restored,
     window_attributes,
 )
 from jax_natten.xla import unfused as xla
@@ -39,7 +40,7 @@ def problem(operation: str, dtype, heads, kv_heads, dim, additional, has_bias, n
 
 
 def _pn_avals(queries, keys, additional, bias, *, neighborhood, **_):
-    slots = neighborhood.window_size + (0 if additional is None else additional.shape[1])
+    slots = neighborhood.window_size + (0 if additional is None else additional.shape[-3])
     axes = (*range(queries.ndim - 1), None)
     return [shim.derive(queries, (*queries.shape[:-1], slots), axes=axes)]
 
@@ -69,13 +70,14 @@ def _nn_native(weights, keys, additional, *, neighborhood, precision):
     return NativeCall("jax_natten_nn", case, window_attributes(neighborhood) | precision_attribute(precision))
 
 
-def _inverse_avals(weights, queries, *, group, additional, **_):
-    batch, *grid, heads, dim = queries.shape
+def _inverse_avals(weights, queries, *, neighborhood, group, additional, **_):
+    *rows, heads, dim = queries.shape
+    first = len(rows) - neighborhood.rank  # grid axis
     kv_heads = heads // group
-    rank = len(grid)
+    extra_axes = (*range(first), None, queries.ndim - 2, queries.ndim - 1)
     return [
-        shim.derive(queries, (batch, *grid, kv_heads, dim)),
-        shim.derive(queries, (batch, additional, kv_heads, dim), axes=(0, None, rank + 1, rank + 2)),
+        shim.derive(queries, (*rows, kv_heads, dim)),
+        shim.derive(queries, (*rows[:first], additional, kv_heads, dim), axes=extra_axes),
     ]
 
 
@@ -144,14 +146,8 @@ def inverse(weights, queries, *, group, additional, **params):
 def _inverse_like(weights, queries, keys, additional, **params):
     """``inverse`` with results like these keys, which may be undefined primals."""
     keys, additional = (x.aval if _linear(x) else x for x in (keys, additional))
-    group, count = weights.shape[-2] // keys.shape[-2], 0 if additional is None else additional.shape[1]
+    group, count = weights.shape[-2] // keys.shape[-2], 0 if additional is None else additional.shape[-3]
     return inverse(weights, queries, group=group, additional=count, **params)
-
-
-def _restored(operands, present):
-    """Operands of a primitive with None for those absent."""
-    given = iter(operands)
-    return [next(given) if there else None for there in present]
 
 
 def _linear(x) -> bool:
@@ -174,8 +170,8 @@ def _sum(terms, results):
 
 
 def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
-    queries, *sides = _restored(primals, present)
-    t_queries, *t_sides = _restored(tangents, present)
+    queries, *sides = restored(primals, present)
+    t_queries, *t_sides = restored(tangents, present)
     result = pn(queries, *sides, fill_negative_infinity=fill_negative_infinity, **params)
     terms = []  # the tangent of a -inf slot is zero
     if _given(t_queries):
@@ -187,7 +183,7 @@ def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
 
 
 def _pn_transpose(cotangents, *operands, present, fill_negative_infinity, **params):
-    queries, *sides = _restored(operands, present)
+    queries, *sides = restored(operands, present)
     keys, additional, bias = sides
     weights = ad.instantiate_zeros(cotangents[0])
     if _linear(queries):
@@ -199,8 +195,8 @@ def _pn_transpose(cotangents, *operands, present, fill_negative_infinity, **para
 
 
 def _nn_jvp(primals, tangents, *, present, **params):
-    weights, *sides = _restored(primals, present)
-    t_weights, *t_sides = _restored(tangents, present)
+    weights, *sides = restored(primals, present)
+    t_weights, *t_sides = restored(tangents, present)
     result = nn(weights, *sides, **params)
     terms = []
     if _given(t_weights):
@@ -211,7 +207,7 @@ def _nn_jvp(primals, tangents, *, present, **params):
 
 
 def _nn_transpose(cotangents, *operands, present, **params):
-    weights, *sides = _restored(operands, present)
+    weights, *sides = restored(operands, present)
     keys, additional = sides
     queries = ad.instantiate_zeros(cotangents[0])
     if _linear(weights):
