@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from checks import generator, jit
@@ -23,6 +25,9 @@ import jax_natten
 from jax_natten import Neighborhood, reference
 
 ADDITIONAL = 2
+# Programs that earlier versions wrote, by version: see data/write_exports.py.
+_DATA = Path(__file__).parent / "data"
+ARTEFACTS = sorted(path.stem for path in _DATA.glob("*.npz"))
 # Grouped heads, a stride, and windows that shift at both borders; small, since most of the time goes into compiling.
 TINY = problem("tiny", 1, 2, 1, 2, [5], [3], [2], [1])
 SHAPE = problem("transforms", 2, 4, 2, 5, [4, 6], [3, 2], [2, 1], [1, 2])
@@ -284,3 +289,18 @@ def check_vmap_over_an_empty_axis(name: str, implementation: str) -> None:
         expected = jax.eval_shape(function.of(SHAPE, implementation), function.draw(SHAPE, dtype="float32"))
         assert jax.tree.map(lambda r: (0, *r.shape), expected) == jax.tree.map(lambda r: r.shape, results)
         assert all(g.shape[0] == 0 for g in gradients.values())
+
+
+def check_artefact(version: str, name: str) -> None:
+    """A stored program gives the stored numbers."""
+    exported = jax.export.deserialize((_DATA / f"{version}.{name}.jax_export").read_bytes())
+    with np.load(_DATA / f"{version}.npz") as stored:
+        operands = [stored[n] for n in ("query", "key", "value", "additional_keys", "additional_values", "rpb")]
+        results, cotangents, gradients = (
+            [stored[f"{name}_{what}_{i}"] for i in range(sum(n.startswith(f"{name}_{what}_") for n in stored.files))]
+            for what in ("result", "cotangent", "gradient")
+        )
+    got, pullback = jax.vjp(exported.call, *operands)
+    for mine, expected in zip((*got, *pullback(tuple(cotangents))), (*results, *gradients), strict=True):
+        assert mine.dtype == expected.dtype
+        assert relative_error(mine, expected) < 1e-5

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import generator, jit
-from functions import FUNCTIONS, TINY, close, shapes, with_gradients
-from tolerance import relative_error
+from functions import ARTEFACTS, FUNCTIONS, TINY, check_artefact, close, shapes, with_gradients
 
 import jax_natten
 from jax_natten import native
-
-DATA = Path(__file__).parent / "data"
-VERSIONS = sorted(path.stem for path in DATA.glob("*.npz"))
 
 needs_cpu = pytest.mark.skipif(native.cpu is None, reason="the CPU extension is not built")
 
@@ -106,27 +100,12 @@ def test_grid_sizes_may_be_unknown_where_kernels_run():
         export(run, *operands(*jax.export.symbolic_shape("h, w")), platforms=("cpu",))
 
 
-def check_artefact(version: str, name: str) -> None:
-    """A stored program gives the stored numbers."""
-    exported = jax.export.deserialize((DATA / f"{version}.{name}.jax_export").read_bytes())
-    with np.load(DATA / f"{version}.npz") as stored:
-        operands = [stored[n] for n in ("query", "key", "value", "additional_keys", "additional_values", "rpb")]
-        results, cotangents, gradients = (
-            [stored[f"{name}_{what}_{i}"] for i in range(sum(n.startswith(f"{name}_{what}_") for n in stored.files))]
-            for what in ("result", "cotangent", "gradient")
-        )
-    got, pullback = jax.vjp(exported.call, *operands)
-    for mine, expected in zip((*got, *pullback(tuple(cotangents))), (*results, *gradients), strict=True):
-        assert mine.dtype == expected.dtype
-        assert relative_error(mine, expected) < 1e-5
-
-
 def test_there_are_artefacts():
-    assert VERSIONS
+    assert ARTEFACTS
 
 
 @needs_cpu
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", ARTEFACTS)
 @pytest.mark.parametrize("name", ["fused", "unfused"])
 def test_programs_written_by_every_earlier_version_give_the_same_numbers(version, name):
     check_artefact(version, name)
