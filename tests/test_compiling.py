@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import Case, draw, fused, jit, jitted_fused
-from functions import FUNCTIONS, SHAPE, close, with_gradients
+from functions import FUNCTIONS, SHAPE, close
 
 from jax_natten import native
 
@@ -30,7 +30,8 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 x = jnp.ones((2, 9, 2, 4))
-attend = lambda x: jax_natten.na1d(x, x, x, 3)
+def attend(x):
+    return jax_natten.na1d(x, x, x, 3) + jax_natten.na1d_av(jax_natten.na1d_qk(x, x, 3), x, 3)
 mesh = jax.sharding.Mesh(jax.devices()[:2], ("b",))
 for f in (attend, jax.shard_map(attend, mesh=mesh, in_specs=P("b"), out_specs=P("b"))):
     jax.jit(jax.grad(lambda x: (f(x) ** 2).sum())).lower(x).compile()
@@ -59,13 +60,13 @@ def test_the_persistent_cache_serves_another_process(tmp_path):
     check_persistent_cache(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["fused", "qk", "av"])
 @BOTH
-def test_programs_compiled_ahead_of_time_run(implementation):
-    case = Case(SHAPE)
-    operands, _ = draw(case)
+def test_programs_compiled_ahead_of_time_run(name, implementation):
+    function = FUNCTIONS[name]
+    f, operands = function.of(SHAPE, implementation), function.draw(SHAPE, dtype="float32")
     structs = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in operands.items()}
-    compiled = jit(with_gradients(fused(case, implementation)), implementation).lower(structs).compile()
-    close(compiled(operands), jit(with_gradients(fused(case, implementation)), implementation)(operands))
+    close(jit(f, implementation).lower(structs).compile()(operands), jit(f, implementation)(operands))
 
 
 @BOTH
@@ -142,19 +143,26 @@ def test_checkpoint_policies_know_the_residuals():
         close(jax.jit(jax.grad(f))(operands), expected)
 
 
+@pytest.mark.parametrize("name", ["fused", "lse", "qk", "av"])
 @BOTH
-def test_debug_nans_finds_a_nan_and_nothing_else(implementation):
+def test_debug_nans_finds_a_nan_and_nothing_else(name, implementation):
     """Masked pairs have scores of minus infinity; no NaN of ours may raise a false alarm, jitted or not."""
-    case = Case(SHAPE.with_causal((True, False)), value_dim=3, additional=2)
-    operands, _ = draw(case)
-    run = with_gradients(fused(case, implementation))
+    shape = SHAPE.with_causal((True, False))
+    function = FUNCTIONS[name]
+    f, operands = function.of(shape, implementation), function.draw(shape, dtype="float32")
+    operands.pop("rpb", None)  # not with causal axes
+
+    def run(x):
+        result, pullback = jax.vjp(f, x)
+        return result, pullback(jnp.ones_like(result))
+
     with jax.debug_nans(True):
         jit(run, implementation)(operands)
         if implementation == "cpu":  # one operation at a time takes pure JAX a minute to compile
             run(operands)
-        broken = operands | {"key": np.full_like(operands["key"], np.nan)}
+        broken = operands | {n: np.full_like(operands[n], np.nan) for n in ("key", "value") if n in operands}
         with pytest.raises(FloatingPointError):
-            jit(fused(case, implementation), implementation)(broken)
+            jit(f, implementation)(broken)
 
 
 @needs_cpu

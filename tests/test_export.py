@@ -79,11 +79,15 @@ def test_a_batch_that_is_unknown_runs_on_pure_jax_too():
 @needs_cpu
 def test_grid_sizes_may_be_unknown_where_kernels_run():
     height, width = jax.export.symbolic_shape("h, w", constraints=["h >= 6", "w >= 4"])
+    window = (3, 4), (2, 1), (2, 1), (False, True)
 
     def run(*x):
-        results, pullback = jax.vjp(
-            lambda q, k, v: jax_natten.na2d(q, k, v, (3, 4), (2, 1), (2, 1), (False, True), return_lse=True), *x
-        )
+        def every(q, k, v):
+            scores = jax_natten.na2d_qk(q, k, *window[:-1])
+            mixed = jax_natten.na2d_av(scores, v, *window[:-1])
+            return *jax_natten.na2d(q, k, v, *window, return_lse=True), scores, mixed
+
+        results, pullback = jax.vjp(every, *x)
         return results, pullback(results)
 
     def operands(*grid):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from checks import generator, jit
-from functions import FUNCTIONS, close, with_gradients
+from checks import QUICK_COMPILE, generator, jit
+from functions import CASES, FUNCTIONS, close, with_gradients
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import problem
@@ -56,17 +56,17 @@ def results_like(name, spec, operand_specs, with_operands=True):
 def check(run, arguments, out_specs=None, mesh=None) -> None:
     """Equal to the unsharded run, and nothing is gathered."""
     shardings = None if out_specs is None else jax.tree.map(lambda s: NamedSharding(mesh, s), out_specs)
-    compiled = jax.jit(run, out_shardings=shardings).lower(*arguments).compile()
+    compiled = jax.jit(run, out_shardings=shardings, compiler_options=QUICK_COMPILE).lower(*arguments).compile()
     assert gathers(compiled) == []
     whole = jax.tree.map(np.asarray, arguments)
     close(compiled(*arguments), jit(run, "xla")(*whole), 1e-5)
 
 
-@by_function
-def test_forward_and_backward_gather_nothing(name):
+@pytest.mark.parametrize("name, implementation", CASES)
+def test_forward_and_backward_gather_nothing(name, implementation):
     function, mesh = FUNCTIONS[name], mesh_of()
     arguments = put(mesh, function.draw(SHAPE, dtype="float32"), specs(name))
-    run = with_gradients(function.of(SHAPE, None))
+    run = with_gradients(function.of(SHAPE, implementation))
     check(run, (arguments,), results_like(name, ROWS, specs(name)), mesh)
 
 
