@@ -61,7 +61,8 @@ def neighborhood_attention(
         index ``key - query + kernel_size - 1`` (in-group indices). Not with causal axes.
       return_lse: whether to return the log-sum-exp of the scores as well, see :func:`merge_attentions`.
       implementation: None picks the best that applies on each platform; or a name ("naive", "cpu", "xla"), or a
-        sequence of names tried in order.
+        sequence of names tried in order. Tangents (``jax.jvp``) and derivatives of derivatives run on "xla" whatever is
+        named, in bounded memory: there are no kernels for them.
       precision: how far float32 products may be rounded, as in ``jax.lax.dot``: "highest" not at all, "high" to
         TensorFloat32, "default" as far as the device is fastest. A kernel may always be more exact: "cpu" and "naive"
         are exact whatever is asked. "xla" hands it to XLA, for 16-bit inputs as well, which it multiplies as float32.

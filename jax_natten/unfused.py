@@ -40,7 +40,8 @@ def neighborhood_qk(
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_keys: ``[*batch, S, Hkv, D]``, seen by every query.
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]``, added to the scores. Not with causal axes.
-      implementation, precision: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`. Here derivatives of every order run on what is
+        named.
 
     Returns:
       ``[*batch, *X, Hq, prod(kernel_size) + S]`` in the dtype of ``query``. Causal slots past the query hold -inf.
@@ -94,7 +95,8 @@ def neighborhood_av(
       value: ``[*batch, *X, Hkv, Dv]``; Hkv divides Hq.
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_values: ``[*batch, S, Hkv, Dv]``.
-      implementation, precision: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`. Here derivatives of every order run on what is
+        named.
 
     Returns:
       ``[*batch, *X, Hq, Dv]`` in the dtype of ``attn``.
