@@ -17,6 +17,7 @@ import jaxlib
 import jax_natten
 from jax_natten import dispatch, native
 
+_DERIVATIVES = 'Tangents (jax.jvp) and derivatives of derivatives of fused attention run on "xla" everywhere.'
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 # Columns of the table, and the operations that each of them stands for.
@@ -52,7 +53,14 @@ def info() -> str:
         for dtype in map(jnp.dtype, _DTYPES):
             table.append((name, dtype.name, *(_implementations(name, dtype, ops) for ops in _COLUMNS.values())))
     return "\n".join(
-        [*_align(rows), "", "Implementations that apply, best first, for a 7x7 window and head dim 64:", *_align(table)]
+        [
+            *_align(rows),
+            "",
+            "Implementations that apply, best first, for a 7x7 window and head dim 64:",
+            *_align(table),
+            "",
+            _DERIVATIVES,
+        ]
     )
 
 
