@@ -171,10 +171,11 @@ def _problem(arguments: argparse.Namespace) -> tuple[dispatch.Problem, tiles.Til
         arguments.batch,
         grid,
     )
-    return problem, None if arguments.tiles is None else _parse_tiles(arguments.tiles)
+    return problem, None if arguments.tiles is None else parse_tiles(arguments.tiles)
 
 
-def _parse_tiles(text: str) -> tiles.Tiles:
+def parse_tiles(text: str) -> tiles.Tiles:
+    """The inverse of :func:`spell`."""
     structure, *parts = text.split(":")
     if len(parts) not in (3, 4):
         raise ValueError(f"tiles must be like wide:16x8:8x8:16x8 or warp:28x4:4x4:34x10:1,2,2; got {text!r}")

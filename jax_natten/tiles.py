@@ -131,11 +131,15 @@ def why_not(problem: Problem, tiles: Tiles | None = None) -> str | None:
     """Why the Hopper kernels do not take a problem (or take it, but not with these tiles); None if they do."""
     if native.model is None:
         return _MISSING
-    if tiles is None:
-        return native.model.sm90_why_not(*_described(problem))
-    if len(tiles.query_tile) != problem.neighborhood.rank:
+    if tiles is not None and len(tiles.query_tile) != problem.neighborhood.rank:
         return f"tiles must have {problem.neighborhood.rank} entries, one per grid axis"
-    return native.model.sm90_why_not_tiles(*_described(problem), tiles.fields())
+    described = _described(problem)
+    try:
+        if tiles is None:
+            return native.model.sm90_why_not(*described)
+        return native.model.sm90_why_not_tiles(*described, tiles.fields())
+    except ValueError as error:  # sizes that no kernel could be told
+        return str(error)
 
 
 def simulate(

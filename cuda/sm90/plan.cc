@@ -141,8 +141,8 @@ int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan) {
 const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   if (const char* reason = why_not_any(shape)) return reason;
   if (shape.dim > 64) return "takes head dimensions up to 64";
-  if (plan.heads > 1 && shape.dim != 32) return "boxes of two heads need a head dimension of 32";
   if (const char* reason = why_not_tiles(shape, plan)) return reason;
+  if (plan.heads > 1 && shape.dim != 32) return "boxes of two heads need a head dimension of 32";
   if (product(plan.key_tile) > kSharedBytes / 128) return "boxes do not fit into shared memory";
   if (product(plan.query_part) > kWarpRows) return "a warp has at most 16 queries";
   if (32 * (count_warps(plan) + 1) > warp_most_threads(warp_compiled_dim(shape.dim)))
