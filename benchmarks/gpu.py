@@ -68,8 +68,9 @@ def main() -> None:
                     line |= {f"{peer} ms": time for peer, time in peers.get(problem.name, {}).items()}
                 print(line, flush=True)
                 rows.append(line)
-    name = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}_{arguments.dtype}.csv")
+    name = "_".join([jax.devices()[0].device_kind.lower().replace(" ", "_"), arguments.dtype])
+    name += "" if arguments.implementations == ["naive"] else "_" + "_".join(arguments.implementations)
+    report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}.csv")
 
 
 def compare_fused(problem, arguments, dtype):

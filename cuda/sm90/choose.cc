@@ -236,16 +236,16 @@ class Search {
     return cache_.emplace(id, count_axis_tiles(axes_[a], query_tile, query_part, key_tile)).first->second;
   }
 
-  // Plans of equal work differ little: boxes of one head win, and compact ones, and among those the ones that are short
-  // along the innermost axis.
+  // Plans of equal work differ little. Those that were measured to be best have one head to a box, key tiles shaped as
+  // their query tiles, and boxes that are compact and short along the innermost axis.
   double preference(const Plan& plan) const {
-    int longest = 1, shortest = 256;
-    for (int a = first_axis_; a < kMaxRank; ++a) {
-      longest = std::max(longest, plan.key_tile[a]);
-      shortest = std::min(shortest, plan.key_tile[a]);
-    }
-    return 1 + 1e-2 * (plan.heads - 1) + 2e-3 * std::log2(double(longest) / shortest) +
-           5e-4 * std::log2(plan.key_tile[kMaxRank - 1]) + 5e-4 * std::log2(plan.query_part[kMaxRank - 1]);
+    const auto elongation = [&](const Triple& tile) {
+      return std::log2(double(*std::max_element(tile + first_axis_, tile + kMaxRank)) /
+                       *std::min_element(tile + first_axis_, tile + kMaxRank));
+    };
+    const bool alike = std::equal(plan.key_tile, plan.key_tile + kMaxRank, plan.query_tile);
+    return 1 + 1e-2 * (plan.heads - 1) + 3e-3 * !alike + 1e-3 * elongation(plan.key_tile) +
+           5e-4 * elongation(plan.query_part) + 5e-4 * std::log2(plan.key_tile[kMaxRank - 1]);
   }
 
   void propose(const Plan& plan, double seconds) {
