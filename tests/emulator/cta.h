@@ -34,6 +34,7 @@ struct Thread {
   uint64_t detail[2];
   std::vector<Copy> copies;                   // not committed
   std::deque<std::vector<Copy>> copy_groups;  // committed
+  std::vector<uint32_t> unfenced;             // 16-byte units that it wrote since its last fence of the proxies
 };
 
 struct Random {
@@ -107,6 +108,8 @@ struct Cta {
   std::map<uint64_t*, std::vector<Thread*>> barrier_waiters;
   std::vector<AsyncOperation> operations;
   bool failed = false;
+  // Of each 16-byte unit, the thread that wrote it through the generic proxy without a fence since, plus one.
+  uint16_t unfenced[kMostSharedBytes / 16] = {};
 };
 
 extern Random randomness;
@@ -119,6 +122,7 @@ inline Warpgroup& warpgroup_of(const Thread* thread) { return cta.warpgroups[thr
 // The thread that runs stops until it is woken by another's wake().
 void wait(const char* what, Where where, uint64_t detail0 = 0, uint64_t detail1 = 0);
 void wake(Thread* thread);
+Thread* thread_of(int warp, int lane);
 // Lets others run; the thread stays ready.
 void suspend();
 
@@ -154,5 +158,8 @@ void finish_phase_if_complete(uint64_t* barrier, BarrierState& state);
 
 void perform(size_t operation);  // of Cta::operations, and removes it
 void perform(WgmmaOperation& operation);
+
+// Fails if a thread wrote to these bytes without a fence since.
+bool check_fenced(uint32_t address, int bytes, const char* what);
 
 }  // namespace emulator

@@ -74,6 +74,11 @@ uint32_t shared_address(const void* pointer);
 // The bytes at a shared address, checked.
 uint8_t* shared_bytes(uint32_t address, int bytes, int alignment, const char* what);
 
+// Notes that a lane of the current warp has written through the generic proxy. TMA stores and wgmma must not read the
+// bytes before that lane's async_proxy_fence().
+void generic_write(int lane, uint32_t address, int bytes);
+void async_proxy_fence();
+
 int lane();
 bool chance(int one_in);
 // A point where other threads may overtake this one.

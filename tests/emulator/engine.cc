@@ -203,6 +203,7 @@ void run_cta(int threads, size_t shared_bytes) {
     thread.where = {"", 0};
     thread.copies.clear();
     thread.copy_groups.clear();
+    thread.unfenced.clear();
     thread.fiber.prepare(run_thread);
     wake(&thread);
   }
@@ -232,6 +233,8 @@ const Settings& settings() { return the_settings; }
 const std::string& error() { return the_error; }
 
 void suspend() { current->fiber.suspend(); }
+
+Thread* thread_of(int warp, int lane) { return pool[32 * warp + lane].get(); }
 
 void wake(Thread* thread) {
   cta.ready[thread->warp] |= 1u << thread->lane;

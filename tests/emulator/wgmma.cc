@@ -31,7 +31,10 @@ struct MatrixDescriptor {
 
   // Eight 16-bit elements that are contiguous before the swizzle.
   const uint16_t* eight(uint32_t address) const {
-    return reinterpret_cast<const uint16_t*>(shared_bytes(swizzled(address, span), 16, 16, "wgmma operand"));
+    const uint32_t at = swizzled(address, span);
+    const uint8_t* bytes = shared_bytes(at, 16, 16, "wgmma operand");
+    if (bytes == nullptr || !check_fenced(at, 16, "wgmma")) return nullptr;
+    return reinterpret_cast<const uint16_t*>(bytes);
   }
 };
 
