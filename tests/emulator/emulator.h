@@ -87,8 +87,6 @@ void interruption();
 // Waits for the lanes of `mask`; the last to come calls combine(operands of the lanes, null for those outside).
 void meet_lanes(const char* what, uint32_t mask, void* operand, void (*combine)(void** operands, uint32_t mask),
                 Where where);
-// The same for the 128 threads of a warpgroup.
-void meet_warpgroup(const char* what, void* operand, void (*combine)(void** operands), Where where);
 
 void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(uint64_t* barrier, int bytes);  // `bytes` are expected first
