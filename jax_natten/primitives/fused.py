@@ -11,6 +11,7 @@ Operands common to all: query, key, value, additional_keys, additional_values, b
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -41,8 +42,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         value_dim=value.shape[-1],
         additional_keys=0 if additional_keys is None else additional_keys.shape[1],
         has_bias=bias is not None and bias.shape[1] > 0,
-        batch=query.shape[0],
-        grid=tuple(query.shape[1:-2]),
+        batch=math.prod(query.shape[: -2 - neighborhood.rank]),
+        grid=tuple(query.shape[-2 - neighborhood.rank : -2]),
     )
 
 
