@@ -7,6 +7,7 @@
 namespace jax_natten::sm90 {
 
 constexpr int kWarpRows = 16;             // queries of a warp
+constexpr int kSharedBytes = 227 * 1024;  // that a CTA may have
 constexpr int kWarpMostStages = 4;        // of the query and the key rings
 constexpr int kWarpTableBytes = 4096;     // of shared memory, for WarpTables
 constexpr int kWarpExtensionBytes = 512;  // and, in extended variants, for WarpBiasOffsets

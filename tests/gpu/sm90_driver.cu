@@ -2,7 +2,7 @@
 //
 //   sm90_driver --probe                    hardware behaviour that the kernels rely on
 //   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones, with random tile shapes
-//   sm90_driver --bench [NAME..]           the benchmark table
+//   sm90_driver --bench [NAME..]           the benchmark table: known plans, and beside them the chooser's first three
 //   sm90_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
 // PLAN: see plans.h
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../cuda/sm90/choose.h"
 #include "../../cuda/sm90/forward.h"
 #include "device_reference.cuh"
 #include "plans.h"
@@ -232,7 +233,11 @@ void run_bench(const std::vector<std::string>& names) {
     const auto known = known_plans().find(problem.name);
     if (known == known_plans().end()) continue;
     Arrays arrays(problem.shape);
-    bench(arrays, problem.name, {parse_plan(known->second)});
+    std::vector<Plan> plans = {parse_plan(known->second)};
+    for (const sm90::Candidate& chosen : sm90::rank_plans(problem.shape, sm90::kProcessors, 3)) {
+      if (to_string(chosen.plan) != to_string(plans[0])) plans.push_back(chosen.plan);
+    }
+    bench(arrays, problem.name, plans);
   }
 }
 
