@@ -60,4 +60,10 @@ JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t
   return word;
 }
 
+// The first `count` columns.
+JAX_NATTEN_HD uint32_t leading_columns_word(int count, int q) {
+  const int own = count / 8 * 2 + imin(imax(count % 8 - 2 * q, 0), 2);
+  return own >= 32 ? ~uint32_t(0) : (uint32_t(1) << own) - 1;
+}
+
 }  // namespace jax_natten

@@ -50,8 +50,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         value_dim=value.shape[-1],
         additional_keys=0 if additional_keys is None else additional_keys.shape[-3],
         has_bias=bias is not None and bias.shape[-1 - neighborhood.rank] > 0,
-        batch=math.prod(query.shape[: query.ndim - neighborhood.rank - 2]),
-        grid=tuple(query.shape[query.ndim - neighborhood.rank - 2 : -2]),
+        batch=math.prod(query.shape[: -2 - neighborhood.rank]),
+        grid=tuple(query.shape[-2 - neighborhood.rank : -2]),
     )
 
 
