@@ -80,23 +80,19 @@ def compare_fused(problem, arguments, dtype):
     attentions = {name: report.ours(problem, name) for name in implementations}
     if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
         attentions["dense"] = report.dense_mask(problem)
-    lse_bytes = 4 * math.prod(arrays[0].shape[:-1])
-    qkv_bytes = sum(x.nbytes for x in arrays[:3])
-    # The backward reads query, key, value, out, its cotangent and the LSE (and its cotangent), and writes gradients.
-    forward_bytes = qkv_bytes + arrays[3].nbytes + lse_bytes
-    both_bytes = forward_bytes + 2 * qkv_bytes + 2 * arrays[3].nbytes + 2 * lse_bytes
-    for direction, step, work, moved in (
-        ("forward", forward_step, 1.0, forward_bytes),
-        ("forward+backward", gradient_step, 3.5, both_bytes),
+    for direction, step, operations in (
+        ("forward", forward_step, ["forward"]),
+        ("forward+backward", gradient_step, ["forward", "backward"]),
     ):
-        if work > 1 and arguments.forward_only:
+        gradients = len(operations) > 1
+        if gradients and arguments.forward_only:
             return
         times = time_chains({name: step(f) for name, f in attentions.items()}, arrays, repeats)
         first = next((name for name in implementations if isinstance(times[name], float)), implementations[0])
         timed = isinstance(times[first], float)
-        error = check_fused(problem, arrays, attentions[first], gradients=work > 1) if timed else math.nan
-        line = row(problem, direction, times, first, work * report.flops(problem), moved, error, dtype)
-        yield line | (tile_columns(problem, dtype) if first == "sm90" and work == 1 else {})
+        error = check_fused(problem, arrays, attentions[first], gradients=gradients) if timed else math.nan
+        line = row(problem, direction, times, first, *report.cost(problem, dtype, *operations), error, dtype)
+        yield line | (tile_columns(problem, dtype) if first == "sm90" and not gradients else {})
 
 
 def tile_columns(problem, dtype) -> dict:
@@ -125,7 +121,7 @@ def cudnn_rate(dtype, repeats: int) -> float | None:
     if not isinstance(seconds, float):
         print(f"no cuDNN attention to compare with: {seconds}", flush=True)
         return None
-    rate = report.flops(problem) / seconds / 1e12
+    rate = report.cost(problem, jnp.dtype(dtype), "forward")[0] / seconds / 1e12
     print(f"cuDNN dense attention, dense16k_d128: {1e3 * seconds:.3f} ms, {rate:.0f} TFLOP/s", flush=True)
     return rate
 
@@ -159,16 +155,15 @@ def compare_unfused(problem, arguments, dtype):
     def inverse(implementation):
         return lambda a, d: jax.vjp(lambda v: nn(implementation)(a, v), value)[1](d)[0]
 
-    for name, make, arrays, output in (
-        ("PN", pn, (query, key), weights),
-        ("NN", nn, (weights, value), query),
-        ("IN", inverse, (weights, d_out), value),
+    for name, make, arrays, operation in (
+        ("PN", pn, (query, key), "qk"),
+        ("NN", nn, (weights, value), "av"),
+        ("IN", inverse, (weights, d_out), "av"),
     ):
         functions = {i: make(i) for i in implementations}
         times = time_chains({i: feed_last(f) for i, f in functions.items()}, arrays, repeats)
-        moved = sum(x.nbytes for x in (*arrays, output))
         error = report.unfused_error(name, problem, arrays, jax.jit(functions[implementations[0]])(*arrays))
-        yield row(problem, name, times, implementations[0], report.flops(problem) / 2, moved, error, dtype)
+        yield row(problem, name, times, implementations[0], *report.cost(problem, dtype, operation), error, dtype)
 
 
 def row(problem, direction, times, first, operations, moved, error, dtype) -> dict:

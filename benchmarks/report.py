@@ -78,9 +78,15 @@ def with_gradients(attention: Callable) -> Callable:
     return run
 
 
-def flops(problem) -> float:
-    """Useful floating-point operations of a forward; a backward counts 2.5 times that."""
-    return 4.0 * problem.batch * problem.heads * problem.dim * neighborhood(problem).pairs(problem.grid)
+def cost(problem, dtype, *operations: str) -> tuple[int, int]:
+    """Useful floating-point operations of the named operations of a problem, and the bytes that they must move."""
+    heads = (problem.heads, problem.kv_heads, problem.kv_heads)
+    call = [jax.ShapeDtypeStruct((problem.batch, *problem.grid, h, problem.dim), dtype) for h in heads]
+    flops, moved = (
+        sum(count(*call, **problem.window, operation=operation) for operation in operations)
+        for count in (jax_natten.flops, jax_natten.bytes_accessed)
+    )
+    return flops, moved
 
 
 def interleaved(candidates: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from jax_natten.commands import add_problem_arguments, align
 from jax_natten.commands import profile as run_profile
 from jax_natten.commands import simulate as run_simulate
 
+_DERIVATIVES = 'Tangents (jax.jvp) and derivatives of derivatives of fused attention run on "xla" everywhere.'
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 # Columns of the table, and the operations that each of them stands for.
@@ -71,7 +72,7 @@ def info() -> str:
             table.append((name, dtype.name, *(_implementations(name, dtype, ops) for ops in _COLUMNS.values())))
     heading = "Implementations that apply, best first, for a 7x7 window and head dim 64:"
     by_name = f"By name only: {', '.join(dispatch.ONLY_BY_NAME) or 'none'}."
-    return "\n".join([*align(rows), "", heading, *align(table), "", by_name])
+    return "\n".join([*align(rows), "", heading, *align(table), "", by_name, _DERIVATIVES])
 
 
 def _devices() -> str:

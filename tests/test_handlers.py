@@ -77,7 +77,7 @@ def call(target, operands=None, results=None, attributes=None, remove=()):
 
     arguments = [np.ones(s.shape, s.dtype) for s in buffers(right_operands, operands)]
     shapes = tuple(buffers(right_results, results))
-    named = WINDOW | right_attributes | {"implementation": "cpu"} | (attributes or {})
+    named = WINDOW | right_attributes | {"implementation": "cpu", "precision": "highest"} | (attributes or {})
     named = {name: value for name, value in named.items() if name not in remove}
     return jax.block_until_ready(jax.ffi.ffi_call(target, shapes)(*arguments, **named))
 
@@ -167,6 +167,8 @@ BAD_ATTRIBUTES = {
     "implementation of another platform": ({"implementation": "naive"}, ["implementation", "naive"]),
     "empty implementation": ({"implementation": ""}, ["implementation"]),
     "implementation of an int": ({"implementation": np.int64(1)}, ["implementation"]),
+    "unknown precision": ({"precision": "exact"}, ["precision", "exact", "highest"]),
+    "precision of an int": ({"precision": np.int64(2)}, ["precision"]),
     "surplus attribute": ({"tile": np.int64(8)}, ["attributes"]),
 }
 
@@ -184,7 +186,7 @@ def test_a_bad_attribute_is_refused(name):
 
 @pytest.mark.parametrize("target", CALLS)
 def test_a_missing_attribute_is_refused(target):
-    for name in (*WINDOW, *CALLS[target][2], "implementation"):
+    for name in (*WINDOW, *CALLS[target][2], "precision", "implementation"):
         assert_refused(target, name, remove=(name,))
 
 

@@ -70,6 +70,25 @@ def test_fused_attention_lowers_to_its_two_calls(platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("gradient", [jax.grad, jax.value_and_grad])
+def test_a_gradient_lowers_to_one_forward_and_one_backward_call(gradient, platform):
+    operands, _ = _structs(CASE)
+
+    def loss(x):
+        return sum((r.astype(jnp.float32) ** 2).sum() for r in fused(CASE, None)(x))
+
+    found = calls(lowered(gradient(loss), operands, platforms=(platform,)))
+    assert found.keys() == {"jax_natten_fused_forward", "jax_natten_fused_backward"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_forward_mode_runs_the_forward_kernel_and_pure_jax(platform):
+    operands, _ = _structs(CASE)
+    text = lowered(lambda x: jax.jvp(fused(CASE, None), (x,), (x,)), operands, platforms=(platform,))
+    assert calls(text).keys() == {"jax_natten_fused_forward"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_unfused_attention_lowers_to_its_three_operations(platform):
     operands, (d_out, _) = _structs(CASE)
     text = lowered(_unfused, operands, d_out, platforms=(platform,))
@@ -89,6 +108,7 @@ def test_calls_hold_the_attributes_of_the_wire_format(platform):
             "dilation": "dense<[2, 1]> : tensor<2xi64>",
             "is_causal": "dense<[1, 0]> : tensor<2xi64>",
             "scale": "2.500000e-01 : f64",
+            "precision": '"highest"',
             "implementation": f'"{KERNELS[platform]}"',
         }
 

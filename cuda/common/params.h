@@ -19,6 +19,10 @@ namespace jax_natten {
 
 enum class DType : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
+// How far float32 products may be rounded: kHighest not at all, kHigh to TensorFloat32, kDefault as far as is fastest.
+// A kernel may always be more exact. Without a meaning for other dtypes.
+enum class Precision : int { kDefault, kHigh, kHighest };
+
 struct FusedShape {
   DType dtype = DType::kFloat32;
   Neighborhood neighborhood;
@@ -28,6 +32,7 @@ struct FusedShape {
   int additional = 0;      // additional keys that every query sees, 0: none
   int64_t bias_batch = 0;  // 0: no relative position bias
   double scale = 1.0;      // may be zero or negative
+  Precision precision = Precision::kHighest;
 
   JAX_NATTEN_HD int group() const { return heads / kv_heads; }
   JAX_NATTEN_HD bool has_bias() const { return bias_batch > 0; }
@@ -65,6 +70,7 @@ struct UnfusedShape {
   int additional = 0;
   int64_t bias_batch = 0;               // PN only
   bool fill_negative_infinity = false;  // PN only: what a causal slot past the query holds; else zero
+  Precision precision = Precision::kHighest;
 
   JAX_NATTEN_HD int group() const { return heads / kv_heads; }
   JAX_NATTEN_HD bool has_bias() const { return bias_batch > 0; }

@@ -106,6 +106,16 @@ class Decoder {
     return integers_attribute(name);
   }
 
+  Precision precision() {
+    const auto name = attribute<std::string_view>("precision");
+    if (name == "default") return Precision::kDefault;
+    if (name == "high") return Precision::kHigh;
+    if (name != "highest") {
+      fail("attribute precision is \"" + std::string(name) + "\", expected \"default\", \"high\" or \"highest\"");
+    }
+    return Precision::kHighest;
+  }
+
   const void* operand(const char* name, Element element, std::initializer_list<Dim> dims) {
     if (failed()) return nullptr;
     auto buffer = frame_.operands.get<ffi::AnyBuffer>(operands_read_++);
@@ -335,6 +345,7 @@ template <typename Params>
 void fused_inputs(Decoder& decoder, Params& params, std::string_view& implementation) {
   decoder.window(params.neighborhood);
   params.scale = decoder.attribute<double>("scale");
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.query = decoder.operand("query", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});
   params.key = decoder.operand("key", Element::kInput, {kBatch, kGrid, kKvHeads, kHeadDim});
@@ -390,6 +401,7 @@ ffi::Error decode(const CallFrame& frame, FusedBackwardParams& params, std::stri
 ffi::Error decode(const CallFrame& frame, PnParams& params, std::string_view& implementation) {
   Decoder decoder(kPnTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   params.fill_negative_infinity = decoder.attribute<bool>("fill_negative_infinity");
   implementation = decoder.attribute<std::string_view>("implementation");
   params.queries = decoder.operand("queries", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});
@@ -406,6 +418,7 @@ ffi::Error decode(const CallFrame& frame, PnParams& params, std::string_view& im
 ffi::Error decode(const CallFrame& frame, NnParams& params, std::string_view& implementation) {
   Decoder decoder(kNnTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.weights = decoder.operand("weights", Element::kInput, {kBatch, kGrid, kHeads, kSlots});
   params.keys = decoder.operand("keys", Element::kInput, {kBatch, kGrid, kKvHeads, kHeadDim});
@@ -420,6 +433,7 @@ ffi::Error decode(const CallFrame& frame, NnParams& params, std::string_view& im
 ffi::Error decode(const CallFrame& frame, InParams& params, std::string_view& implementation) {
   Decoder decoder(kInTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.weights = decoder.operand("weights", Element::kInput, {kBatch, kGrid, kHeads, kSlots});
   params.queries = decoder.operand("queries", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});

@@ -38,8 +38,7 @@ def attention_fn(
     given, ``[batch..., prod(grid), heads, dim]`` with the grid flattened in row-major order. It honours dropout on the
     attention weights and recording them (``sow_weights=True``), through the unfused operations; recorded weights are
     ``[batch..., *grid, heads, prod(kernel_size)]``, one per key of the window. The softmax is always taken in float32
-    (float64 for float64) and products are accumulated in it too, so ``force_fp32_for_softmax`` and ``precision`` change
-    nothing.
+    (float64 for float64) and products are accumulated in it too, so ``force_fp32_for_softmax`` changes nothing.
 
     Args:
       kernel_size: window size per axis; its length is the number of grid axes (an int: one).
@@ -80,7 +79,7 @@ def attention_fn(
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del precision, force_fp32_for_softmax
+        del force_fp32_for_softmax
         refused = {
             "mask": mask,
             "bias": bias,
@@ -117,6 +116,7 @@ def attention_fn(
             broadcast_dropout=broadcast_dropout,
             record=None if module is None else lambda weights: _sow(module, weights),
             implementation=names,
+            precision=precision,
         )
         return out.reshape(output_shape)
 

@@ -63,7 +63,7 @@ class NeighborhoodAttention(nn.Module):
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       dropout_rate: probability to drop an attention weight.
       deterministic: whether to leave out dropout; may be given to the call instead.
-      precision: of the projections' products, see ``jax.lax.Precision``. The attention accumulates in float32 or more.
+      precision: of the projections' and the attention's products, see :func:`jax_natten.neighborhood_attention`.
       kernel_init, bias_init: initialise the projections.
       out_kernel_init, out_bias_init: initialise the output projection; by default as the others.
       rpb_init: initialises ``rpb``; by default a truncated normal with standard deviation 0.02.
@@ -182,6 +182,7 @@ class NeighborhoodAttention(nn.Module):
             broadcast_dropout=self.broadcast_dropout,
             record=record if sow_weights else None,
             implementation=self.implementation,
+            precision=self.precision,
         )
         return project(
             self.out_features or features,

@@ -56,7 +56,7 @@ class NeighborhoodAttention(nnx.Module):
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       dropout_rate: probability to drop an attention weight.
       deterministic: whether to leave out dropout; may be given to the call instead.
-      precision: of the projections' products, see ``jax.lax.Precision``.
+      precision: of the projections' and the attention's products, see :func:`jax_natten.neighborhood_attention`.
       kernel_init, bias_init: initialise the projections.
       out_kernel_init, out_bias_init: initialise the output projection; by default as the others.
       rpb_init: initialises ``rpb``; by default a truncated normal with standard deviation 0.02.
@@ -253,6 +253,7 @@ class NeighborhoodAttention(nnx.Module):
             broadcast_dropout=self.broadcast_dropout,
             record=record if sow_weights else None,
             implementation=self.implementation,
+            precision=self.precision,
         )
         return self.out(x)
 
