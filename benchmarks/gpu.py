@@ -84,15 +84,14 @@ def compare_fused(problem, arguments, dtype):
         ("forward", forward_step, ["forward"]),
         ("forward+backward", gradient_step, ["forward", "backward"]),
     ):
-        gradients = len(operations) > 1
-        if gradients and arguments.forward_only:
+        if len(operations) > 1 and arguments.forward_only:
             return
         times = time_chains({name: step(f) for name, f in attentions.items()}, arrays, repeats)
         first = next((name for name in implementations if isinstance(times[name], float)), implementations[0])
         timed = isinstance(times[first], float)
-        error = check_fused(problem, arrays, attentions[first], gradients=gradients) if timed else math.nan
+        error = check_fused(problem, arrays, attentions[first], gradients=len(operations) > 1) if timed else math.nan
         line = row(problem, direction, times, first, *report.cost(problem, dtype, *operations), error, dtype)
-        yield line | (tile_columns(problem, dtype) if first == "sm90" and not gradients else {})
+        yield line | (tile_columns(problem, dtype) if first == "sm90" and len(operations) == 1 else {})
 
 
 def tile_columns(problem, dtype) -> dict:

@@ -113,7 +113,7 @@ def neighborhood_attention(
 
     problem = fused.problem("fused_forward", query, key, value, additional_keys, bias, window)
     # The batch of one device is not known yet: vmap makes it larger, sharding smaller.
-    problem = dataclasses.replace(problem, batch=min(problem.batch, 1))
+    problem = dataclasses.replace(problem, batch=0 if problem.batch == 0 else 1)
     dispatch.check(problem, requested)
     dispatch.check_tiles(problem, requested, tiles)
     operands = (query, key, value, additional_keys, additional_values, bias)

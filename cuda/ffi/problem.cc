@@ -100,12 +100,6 @@ class Decoder {
     return T();
   }
 
-  // Attributes that older programs lack.
-  ffi::Span<const int64_t> optional_integers(const char* name) {
-    if (failed() || !frame_.attributes.contains(name)) return {};
-    return integers_attribute(name);
-  }
-
   Precision precision() {
     const auto name = attribute<std::string_view>("precision");
     if (name == "default") return Precision::kDefault;
@@ -114,6 +108,12 @@ class Decoder {
       fail("attribute precision is \"" + std::string(name) + "\", expected \"default\", \"high\" or \"highest\"");
     }
     return Precision::kHighest;
+  }
+
+  // Attributes that older programs lack.
+  ffi::Span<const int64_t> optional_integers(const char* name) {
+    if (failed() || !frame_.attributes.contains(name)) return {};
+    return integers_attribute(name);
   }
 
   const void* operand(const char* name, Element element, std::initializer_list<Dim> dims) {
