@@ -120,7 +120,7 @@ def cudnn_rate(dtype, repeats: int) -> float | None:
     if not isinstance(seconds, float):
         print(f"no cuDNN attention to compare with: {seconds}", flush=True)
         return None
-    rate = report.flops(problem) / seconds / 1e12
+    rate = report.cost(problem, jnp.dtype(dtype), "forward")[0] / seconds / 1e12
     print(f"cuDNN dense attention, dense16k_d128: {1e3 * seconds:.3f} ms, {rate:.0f} TFLOP/s", flush=True)
     return rate
 

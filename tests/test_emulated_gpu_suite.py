@@ -48,3 +48,9 @@ def run(environment, *arguments):
 def test_direct_kernels(environment):
     chosen = "everything or (any_head_dim and not 1000 and not 512 and not 256) or scale or nothing or empty or default"
     run(environment, "tests/gpu/test_naive.py", "-k", f"({chosen}) and not two_to_the_31")
+
+
+def test_hopper_kernels(environment):
+    """Through JAX and the choice of tiles; test_emulator.py runs them on more problems."""
+    chosen = "tiles_that or two_heads or scale or poison or empty or (every_head_dim and bfloat16 and (64 or 136))"
+    run(environment, "tests/gpu/test_sm90.py", "-k", f"({chosen}) and not two_to_the_31")

@@ -249,6 +249,17 @@ def test_tiles_travel_with_the_forward_alone():
 
 
 @needs_library
+def test_hopper_kernels_take_a_symbolic_batch():
+    (batch,) = jax.export.symbolic_shape("b")
+    operands = {n: jax.ShapeDtypeStruct((batch, *s.shape[1:]), s.dtype) for n, s in _structs(HOPPER)[0].items()}
+    for asked in (None, TILES):
+        function = jax.jit(attention(("sm90", "naive"), asked))
+        checks = jax_natten.EXPORT_DISABLED_CHECKS
+        text = jax.export.export(function, platforms=("cuda",), disabled_checks=checks)(operands).mlir_module()
+        assert 'implementation = "sm90,naive"' in text and ("tiles = " in text) == (asked is not None)
+
+
+@needs_library
 def test_tiles_that_cannot_be_honoured_are_errors_at_trace_time():
     operands = _structs(HOPPER)[0]
     with pytest.raises(ValueError, match="do not fit this case: query tiles must have two parts"):

@@ -40,6 +40,7 @@ _OUT, _LSE = "bXhe", "bXh"
 
 def problem(operation: str, query, key, value, additional_keys, bias, neighborhood) -> Problem:
     """The case that these arrays (or abstract values) make; absent ones are None or empty."""
+    sizes = query.shape[:-2] if shim.is_constant(query.shape[:-2]) else (0,) * (query.ndim - 2)
     return Problem(
         operation=operation,
         neighborhood=neighborhood,
@@ -50,8 +51,9 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         value_dim=value.shape[-1],
         additional_keys=0 if additional_keys is None else additional_keys.shape[-3],
         has_bias=bias is not None and bias.shape[-1 - neighborhood.rank] > 0,
-        batch=math.prod(query.shape[: -2 - neighborhood.rank]),
-        grid=tuple(query.shape[-2 - neighborhood.rank : -2]),
+        # Of shapes that are known only when a program runs the kernels decide then.
+        batch=math.prod(sizes[: -neighborhood.rank]),
+        grid=tuple(sizes[-neighborhood.rank :]),
     )
 
 
@@ -101,10 +103,11 @@ forward_p, backward_p, tangent_p = map(define, (_FORWARD, _BACKWARD, _TANGENT))
 def attention(query, key, value, additional_keys, additional_values, bias, **params):
     """``(out, lse)``; additional keys and values, or the bias, may be None.
 
-    Parameters: ``neighborhood``, ``scale``, ``precision``, ``implementation``, and ``tiles``, which only the forward
+    Parameters are ``neighborhood``, ``scale``, ``precision``, ``implementation``, and ``tiles``, which only the forward
     has.
     """
-    return bind(forward_p, query, key, value, additional_keys, additional_values, bias, **params)
+    operands = (query, key, value, additional_keys, additional_values, bias)
+    return bind(forward_p, *operands, **params)
 
 
 def _rebind(primitive, *operands, present, **params):
