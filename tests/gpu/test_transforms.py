@@ -206,7 +206,7 @@ def test_programs_written_by_every_earlier_version_give_the_same_numbers(version
 
 
 def test_the_persistent_cache_serves_another_process(tmp_path):
-    check_persistent_cache(tmp_path)
+    check_persistent_cache(tmp_path, len(jax.devices("gpu")))
 
 
 @by_function
