@@ -150,7 +150,7 @@ def test_checkpoint_policies_know_the_residuals():
         close(jax.jit(jax.grad(f))(operands), expected)
 
 
-@pytest.mark.parametrize("name", ["fused", "lse", "qk", "av"])
+@pytest.mark.parametrize("name", ["fused", "qk", "av"])
 @BOTH
 def test_debug_nans_finds_a_nan_and_nothing_else(name, implementation):
     """Masked pairs have scores of minus infinity; no NaN of ours may raise a false alarm, jitted or not."""
@@ -161,7 +161,7 @@ def test_debug_nans_finds_a_nan_and_nothing_else(name, implementation):
 
     def run(x):
         result, pullback = jax.vjp(f, x)
-        return result, pullback(jnp.ones_like(result))
+        return result, pullback(jax.tree.map(jnp.ones_like, result))
 
     with jax.debug_nans(True):
         jit(run, implementation)(operands)
