@@ -208,8 +208,8 @@ def _driver() -> str:
 
 def publish(rows: list[dict], path: Path) -> None:
     """Prints rows as a table and writes them, with the machine, as CSV."""
-    columns = list(rows[0])
-    cells = [columns, *([_text(row[c]) for c in columns] for row in rows)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([_text(row.get(c, "-")) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     facts = machine()
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -219,7 +219,7 @@ def publish(rows: list[dict], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *facts])
         writer.writeheader()
-        writer.writerows([{k: _text(v) for k, v in row.items()} | facts for row in rows])
+        writer.writerows([{c: _text(row.get(c, "-")) for c in columns} | facts for row in rows])
 
 
 def _text(value) -> str:

@@ -4,6 +4,7 @@ from jax_natten.attention import merge_attentions, na1d, na2d, na3d, neighborhoo
 from jax_natten.cost import bytes_accessed, flops
 from jax_natten.native import EXPORT_DISABLED_CHECKS
 from jax_natten.neighborhood import Neighborhood
+from jax_natten.tiles import Tiles
 from jax_natten.unfused import (
     na1d_av,
     na1d_qk,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EXPORT_DISABLED_CHECKS",
     "Neighborhood",
+    "Tiles",
     "bytes_accessed",
     "flops",
     "merge_attentions",

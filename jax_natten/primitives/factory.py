@@ -97,7 +97,7 @@ class Operation:
         pairs = zip(self.operands, every, full)
         return shim.align(*(empty(own, roles) if array is None else array for own, roles, array in pairs))
 
-    def run_xla(self, *operands, present, implementation, **params) -> list[jax.Array]:
+    def run_xla(self, *operands, present, implementation, tiles=None, **params) -> list[jax.Array]:
         """The XLA implementation on the operands and results that are present."""
         neighborhood = params["neighborhood"]
         first = self.batch_axes(operands, neighborhood)
@@ -215,16 +215,18 @@ def _inner(operation: Operation) -> Primitive:
 
         return lower
 
-    def lower_xla(ctx, *operands, implementation, **params):
+    def lower_xla(ctx, *operands, implementation, tiles=None, **params):
         return mlir.lower_fun(operation.evaluate_xla, multiple_results=True)(ctx, *operands, **params)
 
-    def lower(ctx, *operands, platform, implementation, **params):
+    def lower(ctx, *operands, platform, implementation, tiles=None, **params):
         assert operation.native is not None  # registered only then, see below
         call = operation.native(*ctx.avals_in, **params)
         names = dispatch.candidates(call.problem, platform, implementation)
         if names[0] == "xla":
             return lower_xla(ctx, *operands, implementation=implementation, **params)
-        attributes = call.attributes | {"implementation": ",".join(name for name in names if name != "xla")}
+        names = tuple(name for name in names if name != "xla")
+        attributes = call.attributes | {"implementation": ",".join(names)}
+        attributes |= dispatch.tile_attribute(call.problem, names, tiles)
         if call.workspace is None:
             return jax.ffi.ffi_lowering(call.target)(ctx, *operands, **attributes)
         scratch = jax.core.ShapedArray((call.workspace,), accumulation_dtype(call.problem.dtype))

@@ -11,6 +11,7 @@ Operands common to all: query, key, value, additional_keys, additional_values, b
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -49,6 +50,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         value_dim=value.shape[-1],
         additional_keys=0 if additional_keys is None else additional_keys.shape[-3],
         has_bias=bias is not None and bias.shape[-1 - neighborhood.rank] > 0,
+        batch=math.prod(query.shape[: query.ndim - neighborhood.rank - 2]),
+        grid=tuple(query.shape[query.ndim - neighborhood.rank - 2 : -2]),
     )
 
 
@@ -98,10 +101,10 @@ forward_p, backward_p, tangent_p = map(define, (_FORWARD, _BACKWARD, _TANGENT))
 def attention(query, key, value, additional_keys, additional_values, bias, **params):
     """``(out, lse)``; additional keys and values, or the bias, may be None.
 
-    Parameters are ``neighborhood``, ``scale``, ``precision`` and ``implementation``.
+    Parameters: ``neighborhood``, ``scale``, ``precision``, ``implementation``, and ``tiles``, which only the forward
+    has.
     """
-    operands = (query, key, value, additional_keys, additional_values, bias)
-    return bind(forward_p, *operands, **params)
+    return bind(forward_p, query, key, value, additional_keys, additional_values, bias, **params)
 
 
 def _rebind(primitive, *operands, present, **params):
@@ -109,8 +112,8 @@ def _rebind(primitive, *operands, present, **params):
     return primitive.bind(*shim.align(*operands), present=present, **params)
 
 
-def _forward_jvp(primals, tangents, *, present, **params):
-    out, lse = _rebind(forward_p, *primals, present=present, **params)
+def _forward_jvp(primals, tangents, *, present, tiles, **params):
+    out, lse = _rebind(forward_p, *primals, present=present, tiles=tiles, **params)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     tangents = map(ad.instantiate_zeros, tangents)
     every = (*present, True, True, *present)
