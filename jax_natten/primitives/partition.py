@@ -18,6 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_natten.primitives import shim
+
 _BATCH = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -81,9 +83,7 @@ def partitioned(roles: Roles, call: Callable) -> Callable:
 
 
 def _lower_sum(ctx, x, *, over):
-    # Under an explicit mesh that is set, JAX would annotate the scalars that psum adds with shardings, and XLA then
-    # refuses them. Here everything is local.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    with shim.local():
         return mlir.lower_fun(lambda x: jax.lax.psum(x, over), multiple_results=False)(ctx, x)
 
 
