@@ -1,0 +1,28 @@
+// Fused neighborhood attention on tensor cores (mma.sync), for every GPU from compute capability 8.0 on: the entry
+// points.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../common/params.h"
+#include "fused_params.h"
+#include "plan.h"
+
+namespace jax_natten::sm80 {
+
+// Why no kernel takes a problem, in words; nullptr if one does.
+const char* why_not_fused(const FusedShape& shape);
+
+// Why a plan does not fit a problem that a kernel takes; nullptr if it does.
+const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan);
+
+// The plan that fused_forward() follows by default.
+Plan plan_forward(const FusedShape& shape);
+
+// Enqueue a problem's computation. They neither allocate nor synchronise. cudaErrorInvalidValue if there is a reason
+// why not. `precision` is that of float32.
+cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, const Plan& plan,
+                          cudaStream_t stream);
+cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream);
+
+}  // namespace jax_natten::sm80

@@ -1,0 +1,30 @@
+// How a fused problem is cut into tiles.
+#pragma once
+
+#include "../common/params.h"
+
+namespace jax_natten::sm80 {
+
+struct Plan {
+  int rows = 64;                         // of the compiled tile that stays
+  int query_tile[kMaxRank] = {1, 1, 1};  // queries of a CTA
+  int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warp
+  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together
+};
+
+// What a kernel's tiles can hold.
+struct TileLimits {
+  int warps;    // parts of a query tile
+  int queries;  // of a part
+  int keys;     // of a key tile
+};
+
+inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
+
+// Why tiles do not fit a problem; nullptr if they do.
+const char* why_not_tiles(const FusedShape& shape, const Plan& plan, const TileLimits& limits);
+
+// Tiles that fit: those whose parts compute the fewest scores, far from the borders of the grid.
+Plan choose_tiles(const FusedShape& shape, const TileLimits& limits);
+
+}  // namespace jax_natten::sm80
