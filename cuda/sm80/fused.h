@@ -25,4 +25,18 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
                           cudaStream_t stream);
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream);
 
+// The backward's two passes: tiles of queries, and tiles of keys, for which `query` in a plan reads as key.
+struct BackwardPlan {
+  Plan queries, keys;
+};
+
+const char* why_not_fused_backward(const FusedShape& shape);
+const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan);
+BackwardPlan plan_backward(const FusedShape& shape);
+
+// The workspace is that of ../common/workspace.h.
+cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, const BackwardPlan& plan,
+                           cudaStream_t stream);
+cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream);
+
 }  // namespace jax_natten::sm80

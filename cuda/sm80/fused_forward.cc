@@ -91,7 +91,7 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
   params.query_factor = problem.scale > 0 ? 1.f : problem.scale < 0 ? -1.f : 0.f;
   params.scale = float(problem.scale * kLog2E);
   if (!general) params.scale = problem.scale == 0 ? kLog2E : std::abs(params.scale);
-  return launch(find_kernel(problem, precision, plan.rows), params.schedule.tiles, &params, stream);
+  return launch(find_kernel(problem, precision, plan.rows), params.schedule.tiles, params, stream);
 }
 
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream) {

@@ -14,13 +14,13 @@
 
 #include <type_traits>
 
-#include "../common/cp_async.h"
 #include "../common/ptx.h"
 #include "../common/softmax.h"
 #include "forward_shape.h"
 #include "fused_params.h"
 #include "products.cuh"
 #include "rows.cuh"
+#include "tile_tables.cuh"
 
 namespace jax_natten::sm80 {
 
@@ -49,11 +49,7 @@ struct ForwardTraits {
   // Queries that move on to registers are only passing through the second stage.
   struct Shared : std::conditional_t<kShape.query_in_registers, Nothing, OwnPlace> {
     Stage stage[2];
-    uint32_t mask_table[4 * (kKeys + 1 + 2 + 2)];
-    Interval windows[kRows + 2];  // of the queries along axis 0, then 1, then 2; relative to the tile's first key
-    int query_position[kRows];    // -1: outside the grid
-    int key_position[kKeys];      // relative to the first key of a tile
-    int column_bias[kExtended ? kKeys : 1];  // entry of the bias table, relative to the first key's
+    TileTables<kRows, kKeys, Walk::kKeysOfQueries, kExtended> tables;
   };
   static_assert(QueryTileRows::kBytes <= int(2 * sizeof(Stage)), "outputs are written through the stages");
   static_assert(!kShape.query_in_registers || QueryTileRows::kBytes <= int(sizeof(Stage)), "queries pass through one");
@@ -87,14 +83,14 @@ struct FusedForward {
 
   __device__ void run() {
     if (tile.empty()) return;
-    fill_tables();
+    smem.tables.template fill<Traits::kThreads>(params, tile);
     __syncthreads();
 
     copy_queries();
     KeyTiles next;
     copy_keys_and_values(next, 0);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
+    ptx::copy_async_commit();
+    ptx::copy_async_wait<0>();
     __syncthreads();
     if (!kExtended && params.query_factor != 1) scale_queries();
     const Queries queries(query_tile(), warp, lane);
@@ -113,56 +109,18 @@ struct FusedForward {
     bool more = true;
     for (int stage = 0; more; stage ^= 1) {
       // The present tile has arrived, and all warps are done with the one before.
-      ptx::cp_async_wait<0>();
+      ptx::copy_async_wait<0>();
       __syncthreads();
       const KeyTiles present = next;
       more = next.advance(params, tile);
       if (more) copy_keys_and_values(next, stage ^ 1);
-      ptx::cp_async_commit();
+      ptx::copy_async_commit();
       attend(present, smem.stage[stage], part, queries, softmax, out);
     }
     write(softmax, out);
   }
 
  private:
-  // ---- tables
-
-  __device__ __forceinline__ void fill_tables() {
-    const Steps& steps = params.steps;
-    for (int r = threadIdx.x; r < Traits::kRows; r += Traits::kThreads) {
-      const TilePlace place = params.places.rows[r];
-      bool inside = place.exists();
-      int position = 0;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        const int x = tile.query[a] + place[a];
-        inside = inside && x < tile.length[a];
-        position += x * steps.group[a] + tile.phase[a] * steps.grid[a];
-      }
-      smem.query_position[r] = inside ? position : -1;
-    }
-    int first = 0;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const TiledAxis& axis = params.schedule.axes[a];
-      for (int x = threadIdx.x; x < axis.query_tile; x += Traits::kThreads) {
-        const Interval w = window(axis, imin(tile.query[a] + x, tile.length[a] - 1), tile.length[a]);
-        smem.windows[first + x] = {w.begin - tile.key[a], w.end - tile.key[a]};
-      }
-      first += axis.query_tile;
-    }
-    for (int n = threadIdx.x; n < kKeys; n += Traits::kThreads) {
-      const TilePlace place = params.places.columns[n];
-      smem.key_position[n] = place[0] * steps.group[0] + place[1] * steps.group[1] + place[2] * steps.group[2];
-      if (kExtended) {
-        smem.column_bias[n] = place[0] * steps.bias[0] + place[1] * steps.bias[1] + place[2] * steps.bias[2];
-      }
-    }
-    for (int i = threadIdx.x; i < params.places.mask_layout.words; i += Traits::kThreads) {
-      smem.mask_table[i] = params.places.mask_table[i];
-    }
-  }
-
   // ---- copies
 
   __device__ __forceinline__ uint32_t query_tile() const {
@@ -175,7 +133,7 @@ struct FusedForward {
   __device__ __forceinline__ void copy_queries() {
     copy_rows<QueryTileRows, Traits::kThreads>(query_tile(), params.query,
                                                first_row(params.query, tile.batch, tile.head),
-                                               [&](int row) { return smem.query_position[row]; });
+                                               [&](int row) { return smem.tables.row_position[row]; });
   }
 
   // A key tile of the window box, or of the additional keys.
@@ -208,18 +166,7 @@ struct FusedForward {
                                                position_of);
     };
     if (keys.in_window()) {
-      const int* begin = keys.cursor.begin;
-      int first = 0;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        first += (tile.key[a] + begin[a]) * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
-      }
-      copy(params.key, params.value, [&](int row) {
-        const TilePlace place = params.places.columns[row];
-        const bool seen = place.exists() && begin[0] + place[0] < tile.extent[0] &&
-                          begin[1] + place[1] < tile.extent[1] && begin[2] + place[2] < tile.extent[2];
-        return seen ? first + smem.key_position[row] : -1;
-      });
+      copy(params.key, params.value, smem.tables.positions(params, tile, keys.cursor.begin));
     } else {
       copy(params.additional_key, params.additional_value, [&](int row) {
         const int key = keys.additional + row;
@@ -292,11 +239,7 @@ struct FusedForward {
   // Columns of this thread that its row sees, as in key_mask.h.
   __device__ __forceinline__ uint32_t mask_word(const KeyTiles& keys, int row) const {
     if (!keys.in_window()) return first_columns_word(params.additional - keys.additional, lane % 4);
-    const TilePlace place = params.places.rows[row];
-    const TiledAxis* axes = params.schedule.axes;
-    const Interval windows[kMaxRank] = {smem.windows[place[0]], smem.windows[axes[0].query_tile + place[1]],
-                                        smem.windows[axes[0].query_tile + axes[1].query_tile + place[2]]};
-    return key_mask_word<kMaxRank>(params.places.mask_layout, smem.mask_table, windows, keys.cursor.begin, lane % 4);
+    return smem.tables.word(params, keys.cursor.begin, row, lane % 4);
   }
 
   __device__ __forceinline__ TileClass classify(const KeyTiles& keys, const QueryPart<kMaxRank>& part) const {
@@ -309,23 +252,16 @@ struct FusedForward {
   __device__ __forceinline__ void add_bias(float (&scores)[kKeys / 2], int i, uint32_t word, const KeyTiles& keys,
                                            int row) const {
     const bool has_bias = params.bias != nullptr && keys.in_window();
-    const float* bias = params.bias;
+    const float* bias = nullptr;
     if (has_bias) {
-      const TilePlace place = params.places.rows[row];
-      int64_t entry = (int64_t(tile.batch / params.bias_share) * params.heads + tile.head) * params.bias_size;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        const int query = imin(tile.query[a] + place[a], tile.length[a] - 1);
-        entry +=
-            (tile.key[a] + keys.cursor.begin[a] - query + params.schedule.axes[a].window - 1) * params.steps.bias[a];
-      }
-      bias += entry;
+      bias = bias_table(params, tile.batch, tile.head) + smem.tables.bias_entry(params, tile, keys.cursor.begin, row);
     }
 #pragma unroll
     for (int bit = 0; bit < kKeys / 4; ++bit) {
       float& score = scores[bit / 2 * 4 + 2 * i + bit % 2];
       float b = 0;
-      if (has_bias && (word >> bit & 1)) b = __ldg(bias + smem.column_bias[bit / 2 * 8 + lane % 4 * 2 + bit % 2]);
+      if (has_bias && (word >> bit & 1))
+        b = __ldg(bias + smem.tables.column_bias[bit / 2 * 8 + lane % 4 * 2 + bit % 2]);
       score = fmaf(score, params.scale, b * kLog2E);
     }
   }
@@ -376,7 +312,7 @@ struct FusedForward {
       store_fragments<Numbers, QueryTileRows>(staged, Traits::kWarpRows * warp + 16 * m, lane, out[m], normalizer);
       const int i = lane % 4;  // two lanes of four write a row's each
       const float lse = i == 0 ? softmax.block[m].log_sum_exp(0) : softmax.block[m].log_sum_exp(1);
-      const int position = i < 2 ? smem.query_position[row_of_thread(m, i)] : -1;
+      const int position = i < 2 ? smem.tables.row_position[row_of_thread(m, i)] : -1;
       if (position >= 0) {
         params.lse[(tile.batch * params.positions + position) * params.heads + tile.head] = lse;
       }
@@ -384,13 +320,13 @@ struct FusedForward {
     __syncwarp();
     write_rows<QueryTileRows, T, Traits::kWarpRows>(staged, params.out, first_row(params.out, tile.batch, tile.head),
                                                     Traits::kWarpRows * warp, lane,
-                                                    [&](int row) { return smem.query_position[row]; });
+                                                    [&](int row) { return smem.tables.row_position[row]; });
   }
 };
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads) fused_forward_kernel(const __grid_constant__ FusedParams params) {
-  extern __shared__ __align__(128) uint8_t shared_memory[];
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
   FusedForward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();
 }
 

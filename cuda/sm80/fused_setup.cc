@@ -90,7 +90,7 @@ void set_up_tiles(const FusedShape& shape, const Plan& plan, int rows_of_warp, i
   set_up_places(params.schedule, plan, rows_of_warp, columns, params.places);
 }
 
-cudaError_t launch(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream) {
+cudaError_t launch_tiles(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   {

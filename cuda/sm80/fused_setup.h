@@ -20,7 +20,12 @@ RowArray row_array(DType dtype, const void* data, int64_t positions, int heads, 
 void set_up_tiles(const FusedShape& shape, const Plan& plan, int rows_of_warp, int columns, int heads,
                   FusedParams& params);
 
-// Launches a kernel on `params`, with a CTA for each tile, after allowing it its shared memory.
-cudaError_t launch(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream);
+// Launches a kernel with a CTA for each tile, after allowing it its shared memory. `params` is what it takes.
+cudaError_t launch_tiles(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream);
+
+template <class Params>
+cudaError_t launch(const KernelInstance& kernel, int tiles, Params params, cudaStream_t stream) {
+  return launch_tiles(kernel, tiles, &params, stream);
+}
 
 }  // namespace jax_natten::sm80

@@ -136,7 +136,8 @@ __device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount
   }
 }
 
-// ---- products down the columns: sums[block] += weights[block] right, with weights in accumulator fragments
+// ---- products down the columns: sums[block] += weights[block] right, with weights in accumulator fragments, for as
+// many channels as there are sums
 
 // Address of the right side for add_weighted_rows().
 template <class Numbers, class RightTile>
@@ -149,9 +150,9 @@ template <class Numbers, class RightTile, int kBlocks, int kCount, int kSums>
 __device__ __forceinline__ void add_weighted_rows(float (&sums)[kBlocks][kSums],
                                                   const float (&weights)[kBlocks][kCount], uint32_t right) {
   using T = typename Numbers::Element;
-  constexpr int kSteps = RightTile::kRowBytes / 32;
+  constexpr int kSteps = 2 * kSums / Numbers::kStepChannels;
   static_assert(kCount == RightTile::kRows / 2, "a weight for each row of the right side");
-  static_assert(kSums == kSteps * Numbers::kStepChannels / 2, "a sum for each channel");
+  static_assert(32 * kSteps <= RightTile::kRowBytes, "a channel for each sum");
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int j = 0; j < RightTile::kRows / 16; ++j) {

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "../common/cp_async.h"
 #include "../common/ptx.h"
 #include "fused_params.h"
 #include "shared_tile.cuh"
@@ -18,9 +17,9 @@ __device__ __forceinline__ char* first_row(const RowArray& array, int64_t batch,
 // Copies 16 bytes, of which only the first `bytes` exist, in the pieces that the array's alignment allows.
 __device__ __forceinline__ void copy_unaligned_chunk(uint32_t destination, const char* source, int bytes, int unit) {
   if (unit == 8) {
-    for (int i = 0; i < 16; i += 8) ptx::cp_async<8>(destination + i, source + i, imin(imax(bytes - i, 0), 8));
+    for (int i = 0; i < 16; i += 8) ptx::copy_async<8>(destination + i, source + i, i < bytes);
   } else if (unit == 4) {
-    for (int i = 0; i < 16; i += 4) ptx::cp_async<4>(destination + i, source + i, imin(imax(bytes - i, 0), 4));
+    for (int i = 0; i < 16; i += 4) ptx::copy_async<4>(destination + i, source + i, i < bytes);
   } else {
     uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -51,9 +50,8 @@ __device__ __forceinline__ void copy_rows(uint32_t destination, const RowArray& 
       const char* source = rows + int64_t(imax(position, 0)) * array.position_step;
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        const int existing = position < 0 ? 0 : imin(imax(bytes - panel * Tile::kPanelBytes, 0), 16);
-        ptx::cp_async<16>(place + (panel * Tile::kRows + i * kRowsAtOnce) * Tile::kPanelBytes,
-                          source + panel * Tile::kPanelBytes, existing);
+        ptx::copy_async<16>(place + (panel * Tile::kRows + i * kRowsAtOnce) * Tile::kPanelBytes,
+                            source + panel * Tile::kPanelBytes, position >= 0 && panel * Tile::kPanelBytes < bytes);
       }
     }
   } else {
@@ -63,7 +61,7 @@ __device__ __forceinline__ void copy_rows(uint32_t destination, const RowArray& 
       const char* source = rows + int64_t(imax(position, 0)) * array.position_step;
 #pragma unroll 1
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        const int existing = position < 0 ? 0 : imin(imax(bytes - panel * Tile::kPanelBytes, 0), 16);
+        const int existing = position < 0 ? 0 : bytes - panel * Tile::kPanelBytes;
         copy_unaligned_chunk(destination + Tile::place(row, chunk) + panel * Tile::kRows * Tile::kPanelBytes,
                              source + panel * Tile::kPanelBytes, existing, array.copy_bytes);
       }

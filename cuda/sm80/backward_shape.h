@@ -1,0 +1,32 @@
+// Sizes of the backward kernels: what one CTA holds, for each head dimension and pass.
+#pragma once
+
+#include "../common/tiling.h"
+#include "forward_shape.h"
+
+namespace jax_natten::sm80 {
+
+// The query pass (Walk::kKeysOfQueries) computes d_query, the key pass (kQueriesOfKeys) d_key and d_value.
+struct BackwardShape {
+  int rows;     // of the tile that stays
+  int columns;  // of the tiles that pass by
+  int stages;   // of the latter in shared memory
+  int splits;   // warps that share 16 rows, each with its part of the channels of the sums
+  constexpr int warps() const { return rows / 16 * splits; }
+};
+
+// Chosen so that two tiles that stay and `stages` times two that pass by take at most 96 KB, and that the sums (two for
+// the key pass) stay in registers.
+constexpr BackwardShape backward_shape(int element_bytes, int dim, Walk walk) {
+  const int row_bytes = element_bytes * dim;
+  const bool keys = walk == Walk::kQueriesOfKeys;
+  if (row_bytes <= 128) return {64, 64, 2, 1};
+  if (row_bytes <= 256) return {64, keys ? 32 : 64, 2, 1};
+  if (row_bytes <= 384) return {64, keys ? 16 : 32, 2, 1};
+  if (row_bytes <= 512 && dim <= 128) return {64, 16, 2, 1};
+  if (row_bytes <= 512) return keys ? BackwardShape{32, 32, 2, 2} : BackwardShape{64, 16, 2, 1};
+  if (row_bytes <= 768) return {32, 16, 2, keys ? 2 : 1};
+  return {32, 16, 1, keys ? 2 : 1};
+}
+
+}  // namespace jax_natten::sm80

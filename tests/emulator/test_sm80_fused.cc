@@ -1,0 +1,296 @@
+// The fused sm_80 kernels against the definition, on the CPU.
+//
+//   test_sm80_fused [N [SEED [forward|backward]]]   N random problems under random plans (default 30, 0)
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../gpu/problems.h"
+#include "backward_reference.h"
+#include "cuda/common/workspace.h"
+#include "cuda/sm80/fused.h"
+#include "emulator.h"
+#include "reference.h"
+
+namespace jax_natten::testing {
+namespace {
+
+using sm80::Plan;
+using sm80::Precision;
+
+struct Case {
+  driver::Problem problem;
+  Precision precision = Precision::kTf32;
+  unsigned seed = 0;
+};
+
+// ---- random cases
+
+void random_tile(std::mt19937& random, int rank, int most, int (&tile)[kMaxRank]) {
+  std::fill(tile, tile + kMaxRank, 1);
+  std::vector<int> axes;
+  for (int a = kMaxRank - rank; a < kMaxRank; ++a) axes.push_back(a);
+  std::shuffle(axes.begin(), axes.end(), random);
+  for (size_t i = 0; i < axes.size(); ++i) {
+    const bool all = i + 1 == axes.size() && random() % 4 != 0;
+    tile[axes[i]] = all ? most : 1 + int(random() % (i + 1 == axes.size() ? most : std::min(most, 16)));
+    most /= tile[axes[i]];
+  }
+}
+
+Plan random_plan(std::mt19937& random, const FusedShape& shape, const char* (*why_not)(const FusedShape&, const Plan&),
+                 const Plan& fallback) {
+  const int rank = shape.neighborhood.rank;
+  for (int attempt = 0; attempt < 300; ++attempt) {
+    Plan plan;
+    const int warps = random() % 8 ? 4 : 2;
+    plan.rows = warps == 2 ? 32 : random() % 2 ? 64 : 128;
+    random_tile(random, rank, plan.rows / warps, plan.query_part);
+    random_tile(random, rank, random() % 2 ? 64 : random() % 2 ? 32 : 16, plan.key_tile);
+    std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
+    for (int left = warps; left > 1; left /= 2) plan.query_tile[kMaxRank - 1 - int(random()) % rank] *= 2;
+    if (why_not(shape, plan) == nullptr) return plan;
+  }
+  return fallback;
+}
+
+Case random_case(unsigned seed) {
+  std::mt19937 random(seed);
+  Case c;
+  c.seed = seed;
+  c.problem = driver::random_problem(random, int(seed), {150, 18, 8});
+  FusedShape& shape = c.problem.shape;
+  if (random() % 4 == 0) shape.dtype = DType::kFloat32;
+  if (random() % 2) c.precision = Precision::kSplitTf32;
+  const int dims[] = {1, 2, 3, 7, 12, 20, 33, 50, 64, 100, 128, 130, 256};
+  if (random() % 3 == 0) shape.dim = dims[random() % 13];
+  if (random() % 3 == 0) {
+    shape.value_dim = dims[random() % 13];
+  } else {
+    shape.value_dim = shape.dim;
+  }
+  if (random() % 3 == 0) shape.additional = 1 + int(random() % 80);
+  bool causal = false;
+  for (const Axis& axis : shape.neighborhood.axes) causal = causal || axis.causal;
+  if (!causal && random() % 2) shape.bias_batch = random() % 2 ? shape.batch : 1;
+  return c;
+}
+
+std::string describe(const Plan& plan) {
+  std::string text = std::to_string(plan.rows);
+  for (const auto* tile : {&plan.query_tile, &plan.query_part, &plan.key_tile}) {
+    text += " " + std::to_string((*tile)[0]) + "," + std::to_string((*tile)[1]) + "," + std::to_string((*tile)[2]);
+  }
+  return text;
+}
+
+std::string describe(const Case& c) {
+  const FusedShape& shape = c.problem.shape;
+  std::string text = driver::describe(shape) + " Dv" + std::to_string(shape.value_dim);
+  if (shape.dtype == DType::kFloat32) text += c.precision == Precision::kTf32 ? " as tf32" : " as 3xtf32";
+  if (shape.additional > 0) text += " additional " + std::to_string(shape.additional);
+  if (shape.has_bias()) text += " bias " + std::to_string(shape.bias_batch);
+  return text;
+}
+
+// ---- arrays
+
+class Arrays {
+ public:
+  explicit Arrays(unsigned seed) : random_(seed) {}
+
+  // Filled with normally distributed numbers.
+  void* input(DType dtype, int64_t count) {
+    std::normal_distribution<double> normal;
+    void* data = allocate(count * element_bytes(dtype), 0xA5);
+    for (int64_t i = 0; i < count; ++i) from_double(dtype, normal(random_), data, i);
+    return data;
+  }
+  // Filled with NaN.
+  void* output(DType dtype, int64_t count) { return allocate(count * element_bytes(dtype), 0xFF); }
+
+  bool intact() const {
+    return std::all_of(arrays_.begin(), arrays_.end(), [](const auto& array) { return array->intact(); });
+  }
+
+ private:
+  void* allocate(int64_t bytes, uint8_t fill) {
+    arrays_.push_back(std::make_unique<emulator::Memory>(size_t(bytes), fill));
+    return arrays_.back()->data();
+  }
+  std::mt19937 random_;
+  std::vector<std::unique_ptr<emulator::Memory>> arrays_;
+};
+
+// Errors that rounding inputs of products to the type explains.
+double tolerance(const Case& c) {
+  switch (c.problem.shape.dtype) {
+    case DType::kFloat16:
+      return 1.5e-3;
+    case DType::kBFloat16:
+      return 8e-3;
+    default:
+      return c.precision == Precision::kTf32 ? 2e-3 : 5e-6;
+  }
+}
+
+// Fills the inputs that the forward and the backward share.
+template <typename Params>
+void fill_inputs(const FusedShape& shape, Arrays& arrays, Params& params) {
+  const int64_t rows = shape.batch * shape.neighborhood.positions(), extra = shape.batch * shape.additional;
+  static_cast<FusedShape&>(params) = shape;
+  params.query = arrays.input(shape.dtype, rows * shape.heads * shape.dim);
+  params.key = arrays.input(shape.dtype, rows * shape.kv_heads * shape.dim);
+  params.value = arrays.input(shape.dtype, rows * shape.kv_heads * shape.value_dim);
+  params.additional_keys = arrays.input(shape.dtype, extra * shape.kv_heads * shape.dim);
+  params.additional_values = arrays.input(shape.dtype, extra * shape.kv_heads * shape.value_dim);
+  params.bias = arrays.input(DType::kFloat32, shape.bias_batch * shape.heads * shape.neighborhood.bias_size());
+}
+
+void configure_emulator(unsigned seed) {
+  emulator::Settings settings;
+  settings.seed = seed;
+  settings.capability[0] = 8;
+  settings.capability[1] = 0;
+  emulator::configure(settings);
+}
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+bool check_forward(const Case& c) {
+  const FusedShape& shape = c.problem.shape;
+  std::mt19937 random(c.seed);
+  if (const char* reason = sm80::why_not_fused(shape)) {
+    std::printf("%s refused: %s\n", c.problem.name.c_str(), reason);
+    return false;
+  }
+  Plan plan = sm80::plan_forward(shape);
+  if (random() % 2) plan = random_plan(random, shape, sm80::why_not_forward_plan, plan);
+  std::printf("forward  %-10s %s | %s", c.problem.name.c_str(), describe(c).c_str(), describe(plan).c_str());
+  std::fflush(stdout);
+  Arrays arrays(c.seed);
+  FusedForwardParams params = {};
+  fill_inputs(shape, arrays, params);
+  const int64_t rows = shape.batch * shape.neighborhood.positions() * shape.heads;
+  params.out = arrays.output(shape.dtype, rows * shape.value_dim);
+  params.lse = arrays.output(DType::kFloat32, rows);
+  configure_emulator(c.seed);
+  const auto begin = std::chrono::steady_clock::now();
+  if (const cudaError_t error = sm80::fused_forward(params, c.precision, plan, nullptr)) {
+    std::printf(" FAILED: %s\n", cudaGetErrorString(error));
+    return false;
+  }
+  const double seconds = seconds_since(begin);
+  const ForwardReference reference = reference_forward(params);
+  const double out_error = relative_error(reference.out, shape.dtype, params.out);
+  const double lse_error = largest_difference(reference.lse, DType::kFloat32, params.lse);
+  const bool exact = shape.dtype != DType::kFloat32 || c.precision == Precision::kSplitTf32;
+  const bool good = out_error < tolerance(c) && lse_error < (exact ? 1e-3 : 2e-2) && arrays.intact();
+  std::printf(" error %.1e lse %.1e%s %.1f s %s\n", out_error, lse_error, arrays.intact() ? "" : " written outside",
+              seconds, good ? "ok" : "WRONG");
+  return good;
+}
+
+const char* why_not_queries(const FusedShape& shape, const Plan& plan) {
+  return sm80::why_not_backward_plan(shape, {plan, sm80::plan_backward(shape).keys});
+}
+const char* why_not_keys(const FusedShape& shape, const Plan& plan) {
+  return sm80::why_not_backward_plan(shape, {sm80::plan_backward(shape).queries, plan});
+}
+
+bool check_backward(const Case& c) {
+  const FusedShape& shape = c.problem.shape;
+  std::mt19937 random(c.seed);
+  if (const char* reason = sm80::why_not_fused_backward(shape)) {
+    std::printf("%s refused: %s\n", c.problem.name.c_str(), reason);
+    return false;
+  }
+  sm80::BackwardPlan plan = sm80::plan_backward(shape);
+  if (random() % 2) plan.queries = random_plan(random, shape, why_not_queries, plan.queries);
+  if (random() % 2) plan.keys = random_plan(random, shape, why_not_keys, plan.keys);
+  std::printf("backward %-10s %s | %s | %s", c.problem.name.c_str(), describe(c).c_str(),
+              describe(plan.queries).c_str(), describe(plan.keys).c_str());
+  std::fflush(stdout);
+  Arrays arrays(c.seed);
+  FusedForwardParams forward = {};
+  fill_inputs(shape, arrays, forward);
+  const int64_t positions = shape.neighborhood.positions(), rows = shape.batch * positions * shape.heads;
+  const int64_t keys = shape.batch * positions * shape.kv_heads,
+                extra = shape.batch * shape.additional * shape.kv_heads;
+  const ForwardReference reference_of_forward = reference_forward(forward);
+  void* out = arrays.output(shape.dtype, rows * shape.value_dim);
+  void* lse = arrays.output(DType::kFloat32, rows);
+  for (int64_t i = 0; i < rows * shape.value_dim; ++i) from_double(shape.dtype, reference_of_forward.out[i], out, i);
+  for (int64_t i = 0; i < rows; ++i) from_double(DType::kFloat32, reference_of_forward.lse[i], lse, i);
+  FusedBackwardParams params = {};
+  static_cast<FusedShape&>(params) = shape;
+  params.query = forward.query;
+  params.key = forward.key;
+  params.value = forward.value;
+  params.additional_keys = forward.additional_keys;
+  params.additional_values = forward.additional_values;
+  params.bias = forward.bias;
+  params.out = out;
+  params.lse = lse;
+  params.d_out = arrays.input(shape.dtype, rows * shape.value_dim);
+  params.d_lse = arrays.input(DType::kFloat32, rows);
+  const auto run = [&] {
+    params.d_query = arrays.output(shape.dtype, rows * shape.dim);
+    params.d_key = arrays.output(shape.dtype, keys * shape.dim);
+    params.d_value = arrays.output(shape.dtype, keys * shape.value_dim);
+    params.d_additional_keys = arrays.output(shape.dtype, extra * shape.dim);
+    params.d_additional_values = arrays.output(shape.dtype, extra * shape.value_dim);
+    params.d_bias = arrays.output(DType::kFloat32, shape.bias_batch * shape.heads * shape.neighborhood.bias_size());
+    params.workspace_size = fused_backward_workspace(shape);
+    params.workspace = arrays.output(DType::kFloat32, params.workspace_size);
+    return sm80::fused_backward(params, c.precision, plan, nullptr);
+  };
+  configure_emulator(c.seed);
+  const auto begin = std::chrono::steady_clock::now();
+  if (const cudaError_t error = run()) {
+    std::printf(" FAILED: %s\n", cudaGetErrorString(error));
+    return false;
+  }
+  const double seconds = seconds_since(begin);
+  const BackwardReference reference = reference_backward(params);
+  const double errors[] = {relative_error(reference.d_query, shape.dtype, params.d_query),
+                           relative_error(reference.d_key, shape.dtype, params.d_key),
+                           relative_error(reference.d_value, shape.dtype, params.d_value),
+                           relative_error(reference.d_additional_keys, shape.dtype, params.d_additional_keys),
+                           relative_error(reference.d_additional_values, shape.dtype, params.d_additional_values),
+                           relative_error(reference.d_bias, DType::kFloat32, params.d_bias)};
+  bool good = arrays.intact();
+  std::printf(" errors");
+  for (const double error : errors) {
+    good = good && error < 2 * tolerance(c);
+    std::printf(" %.1e", error);
+  }
+  std::printf("%s %.1f s %s\n", arrays.intact() ? "" : " written outside", seconds, good ? "ok" : "WRONG");
+  return good;
+}
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 30;
+  const unsigned seed = argc > 2 ? unsigned(std::atoi(argv[2])) : 0;
+  const std::string only = argc > 3 ? argv[3] : "";
+  const bool only_forward = only == "forward", only_backward = only == "backward";
+  int wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    const Case c = random_case(seed + unsigned(i));
+    wrong += !(only_backward || check_forward(c)) + !(only_forward || check_backward(c));
+  }
+  std::printf("%d of %d problems wrong\n", wrong, count);
+  return wrong != 0;
+}
+
+}  // namespace
+}  // namespace jax_natten::testing
+
+int main(int argc, char** argv) { return jax_natten::testing::main(argc, argv); }
