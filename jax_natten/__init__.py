@@ -2,6 +2,7 @@
 
 from jax_natten.attention import merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from jax_natten.neighborhood import Neighborhood
+from jax_natten.tiles import Tiles
 from jax_natten.unfused import (
     na1d_av,
     na1d_qk,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Neighborhood",
+    "Tiles",
     "merge_attentions",
     "na1d",
     "na1d_av",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from jax_natten import checks, dispatch
 from jax_natten.checks import with_rank
 from jax_natten.neighborhood import Neighborhood
 from jax_natten.primitives import fused
+from jax_natten.tiles import Tiles
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -32,6 +34,7 @@ def neighborhood_attention(
     rpb: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Attention of every token of a 1-D, 2-D or 3-D grid to its nearest neighbors.
 
@@ -59,8 +62,10 @@ def neighborhood_attention(
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]`` of any floating dtype, added to the scaled scores at
         index ``key - query + kernel_size - 1`` (in-group indices). Not with causal axes.
       return_lse: whether to return the log-sum-exp of the scores as well, see :func:`merge_attentions`.
-      implementation: None picks the best that applies on each platform; or a name ("naive", "cpu", "xla"), or a
-        sequence of names tried in order.
+      implementation: None picks the best that applies on each platform; or a name ("sm90", "naive", "cpu", "xla"), or
+        a sequence of names tried in order.
+      tiles: how "sm90" cuts the forward into pieces, instead of its own choice (see ``python -m jax_natten simulate``).
+        The result is the same up to rounding. Other implementations, and derivatives, do as they like.
 
     Returns:
       ``out`` ``[*batch, *X, Hq, Dv]`` in the dtype of ``query``; with ``return_lse`` also the natural logarithm of the
@@ -68,8 +73,9 @@ def neighborhood_attention(
 
     Raises:
       TypeError: a dtype or an argument's type is not supported.
-      ValueError: shapes do not match, or a window does not fit the grid.
-      NotImplementedError: a named implementation cannot take the case; says which limit was hit.
+      ValueError: shapes do not match, a window does not fit the grid, or tiles do not fit the case.
+      NotImplementedError: a named implementation cannot take the case, and says which limit was hit; or tiles are asked
+        for, but no implementation that takes them.
     """
     window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
     named = checks.arrays(query=query, key=key, value=value)
@@ -99,8 +105,12 @@ def neighborhood_attention(
 
     operands = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)] + [bias]
     query, key, value, additional_keys, _, _ = operands
-    dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
-    out, lse = fused.attention(*operands, neighborhood=window, scale=scale, implementation=requested)
+    problem = fused.problem("fused_forward", query, key, value, additional_keys, bias, window)
+    # The batch of one device is not known yet: vmap makes it larger, sharding smaller.
+    problem = dataclasses.replace(problem, batch=min(problem.batch, 1))
+    dispatch.check(problem, requested)
+    dispatch.check_tiles(problem, requested, tiles)
+    out, lse = fused.attention(*operands, neighborhood=window, scale=scale, implementation=requested, tiles=tiles)
     out = out.reshape(*batch, *out.shape[1:])
     return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
 

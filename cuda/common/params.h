@@ -11,6 +11,8 @@
 // b / (batch / bias_batch). The accumulation dtype is float32, and float64 for float64 inputs.
 #pragma once
 
+#include <cstddef>
+
 #include "neighborhood.h"
 
 namespace jax_natten {
@@ -34,6 +36,10 @@ struct FusedShape {
 struct FusedForwardParams : FusedShape {
   const void *query, *key, *value, *additional_keys, *additional_values, *bias;
   void *out, *lse;
+  // Tiles that the caller asks for, if there are any: numbers whose meaning is the implementation's (sm90/plan.h). They
+  // live as long as the call.
+  const int64_t* tiles = nullptr;
+  size_t tile_fields = 0;
 };
 
 struct FusedBackwardParams : FusedShape {

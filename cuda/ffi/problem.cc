@@ -50,10 +50,10 @@ class Decoder {
   Decoder(const char* target, const CallFrame& frame) : target_(target), frame_(frame) { sizes_.fill(-1); }
 
   void window(Neighborhood& neighborhood) {
-    const auto window = axes_attribute("kernel_size");
-    const auto stride = axes_attribute("stride");
-    const auto dilation = axes_attribute("dilation");
-    const auto causal = axes_attribute("is_causal");
+    const auto window = integers_attribute("kernel_size");
+    const auto stride = integers_attribute("stride");
+    const auto dilation = integers_attribute("dilation");
+    const auto causal = integers_attribute("is_causal");
     if (failed()) return;
     rank_ = window.size();
     if (rank_ < 1 || rank_ > kMaxRank)
@@ -98,6 +98,12 @@ class Decoder {
     if (value.has_value()) return *value;
     fail(std::string("attribute ") + name + " is missing or of the wrong type: " + value.error().message());
     return T();
+  }
+
+  // Attributes that older programs lack.
+  ffi::Span<const int64_t> optional_integers(const char* name) {
+    if (failed() || !frame_.attributes.contains(name)) return {};
+    return integers_attribute(name);
   }
 
   const void* operand(const char* name, Element element, std::initializer_list<Dim> dims) {
@@ -209,7 +215,7 @@ class Decoder {
   }
 
  private:
-  ffi::Span<const int64_t> axes_attribute(const char* name) {
+  ffi::Span<const int64_t> integers_attribute(const char* name) {
     ++attributes_read_;
     if (failed()) return {};
     auto value = frame_.attributes.get<ffi::Span<const int64_t>>(name);
@@ -353,6 +359,9 @@ void check_workspace(Decoder& decoder, int64_t got, int64_t expected) {
 ffi::Error decode(const CallFrame& frame, FusedForwardParams& params, std::string_view& implementation) {
   Decoder decoder(kFusedForwardTarget, frame);
   fused_inputs(decoder, params, implementation);
+  const auto tiles = decoder.optional_integers("tiles");
+  params.tiles = tiles.begin();
+  params.tile_fields = tiles.size();
   params.out = decoder.result("out", Element::kInput, {kBatch, kGrid, kHeads, kValueDim});
   params.lse = decoder.result("lse", Element::kAccumulation, {kBatch, kGrid, kHeads});
   return decoder.finish();

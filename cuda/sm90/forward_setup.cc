@@ -10,23 +10,6 @@
 namespace jax_natten::sm90 {
 namespace {
 
-int64_t count_query_tiles(const FusedShape& shape, const TileSchedule& schedule) {
-  int64_t tiles = shape.batch * schedule.by_heads.divisor;
-  for (const TiledAxis& axis : schedule.axes) tiles *= int64_t(axis.query_tiles) * axis.dilation;
-  return tiles;
-}
-
-TileSchedule make_schedule(const FusedShape& shape, const Plan& plan) {
-  TileSchedule schedule;
-  for (int a = 0; a < kMaxRank; ++a) {
-    schedule.axes[a] = TiledAxis(shape.neighborhood.axes[a], plan.query_tile[a], plan.query_part[a], plan.key_tile[a]);
-  }
-  schedule.by_heads = FastDivisor(shape.heads / plan.heads);
-  schedule.by_group = FastDivisor(shape.group());
-  schedule.tiles = int(std::min<int64_t>(count_query_tiles(shape, schedule), INT32_MAX));
-  return schedule;
-}
-
 // The pair (factor, factor) in the problem's type.
 uint32_t pair_of(DType dtype, bool minus_one) {
   if (!minus_one) return 0;
@@ -34,36 +17,6 @@ uint32_t pair_of(DType dtype, bool minus_one) {
 }
 
 }  // namespace
-
-const char* why_not_any(const FusedShape& shape) {
-  if (shape.dtype != DType::kFloat16 && shape.dtype != DType::kBFloat16) return "takes float16 and bfloat16 only";
-  if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";
-  if (shape.dim > 256) return "takes head dimensions up to 256";
-  if (shape.dim % 8 != 0) return "needs a head dimension that is a multiple of 8";
-  if (shape.additional > 0) return "does not take additional keys yet";
-  if (shape.has_bias()) return "does not take a relative position bias yet";
-  if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
-    return "takes up to 2^31 - 1 pairs of a query and a head";
-  }
-  return nullptr;
-}
-
-const char* why_not_tiles(const FusedShape& shape, const Plan& plan) {
-  for (int a = 0; a < kMaxRank; ++a) {
-    if (plan.query_part[a] < 1 || plan.key_tile[a] < 1 || plan.query_tile[a] % plan.query_part[a] != 0) {
-      return "query tiles must be divided into equal parts";
-    }
-    if (a < kMaxRank - shape.neighborhood.rank && plan.query_tile[a] * plan.key_tile[a] != 1) {
-      return "axes that the problem does not have must have tiles of 1";
-    }
-    if (plan.query_tile[a] > 256 || plan.key_tile[a] > 256) return "tiles have at most 256 positions along an axis";
-  }
-  if (plan.heads > 1 && (shape.heads % plan.heads != 0 || shape.group() != 1)) {
-    return "tiles of several heads need a multiple of them, each with its own keys";
-  }
-  if (count_query_tiles(shape, make_schedule(shape, plan)) > INT32_MAX) return "has too many tiles";
-  return nullptr;
-}
 
 cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, int channels, bool query_box_is_part,
                            ForwardParams& params) {
@@ -105,18 +58,6 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
     }
   }
   return cudaSuccess;
-}
-
-int most_keys_of_queries(const Axis& axis, int queries) {
-  int most = 0;
-  for (const int group : {0, axis.dilation - 1}) {
-    const int length = group_length(axis, group);
-    for (int first = 0; first < length; first += queries) {
-      const int last = std::min(first + queries, length) - 1;
-      most = std::max(most, window_of_query(axis, last, length).end - window_of_query(axis, first, length).begin);
-    }
-  }
-  return most;
 }
 
 cudaError_t current_device(int& device, int& processors) {

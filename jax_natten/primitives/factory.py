@@ -75,7 +75,7 @@ class Operation:
 
         return shim.align(*(empty(roles) if array is None else array for roles, array in zip(self.operands, full)))
 
-    def run_xla(self, *operands, present, implementation, **params) -> list[jax.Array]:
+    def run_xla(self, *operands, present, implementation, tiles=None, **params) -> list[jax.Array]:
         """The XLA implementation on the operands and results that are present."""
         full = self.completed(operands, present, params["neighborhood"])
         return self.present_results(self.xla(*full, **params), present)
@@ -147,16 +147,18 @@ def _inner(operation: Operation) -> Primitive:
     inner.def_impl(functools.partial(xla.apply_primitive, inner))
     inner.def_abstract_eval(operation.abstract_eval)
 
-    def lower_xla(ctx, *operands, implementation, **params):
+    def lower_xla(ctx, *operands, implementation, tiles=None, **params):
         return mlir.lower_fun(operation.xla, multiple_results=True)(ctx, *operands, **params)
 
-    def lower(ctx, *operands, platform, implementation, **params):
+    def lower(ctx, *operands, platform, implementation, tiles=None, **params):
         assert operation.native is not None  # registered only then, see below
         call = operation.native(*ctx.avals_in, **params)
         names = dispatch.candidates(call.problem, platform, implementation)
         if names[0] == "xla":
             return lower_xla(ctx, *operands, implementation=implementation, **params)
-        attributes = call.attributes | {"implementation": ",".join(name for name in names if name != "xla")}
+        names = tuple(name for name in names if name != "xla")
+        attributes = call.attributes | {"implementation": ",".join(names)}
+        attributes |= dispatch.tile_attribute(call.problem, names, tiles)
         if call.workspace is None:
             return jax.ffi.ffi_lowering(call.target)(ctx, *operands, **attributes)
         scratch = jax.core.ShapedArray((call.workspace,), accumulation_dtype(call.problem.dtype))

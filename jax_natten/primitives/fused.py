@@ -41,6 +41,8 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         value_dim=value.shape[-1],
         additional_keys=0 if additional_keys is None else additional_keys.shape[1],
         has_bias=bias is not None and bias.shape[1] > 0,
+        batch=query.shape[0],
+        grid=tuple(query.shape[1:-2]),
     )
 
 
@@ -87,10 +89,12 @@ _TANGENT = Operation(
 forward_p, backward_p, tangent_p = map(define, (_FORWARD, _BACKWARD, _TANGENT))
 
 
-def attention(query, key, value, additional_keys, additional_values, bias, *, neighborhood, scale, implementation):
-    """``(out, lse)``; additional keys and values, or the bias, may be None."""
-    operands = (query, key, value, additional_keys, additional_values, bias)
-    return bind(forward_p, *operands, neighborhood=neighborhood, scale=scale, implementation=implementation)
+def attention(query, key, value, additional_keys, additional_values, bias, **params):
+    """``(out, lse)``; additional keys and values, or the bias, may be None.
+
+    Parameters: ``neighborhood``, ``scale``, ``implementation``, and ``tiles``, which only the forward has.
+    """
+    return bind(forward_p, query, key, value, additional_keys, additional_values, bias, **params)
 
 
 def _rebind(primitive, *operands, present, **params):
@@ -98,8 +102,8 @@ def _rebind(primitive, *operands, present, **params):
     return primitive.bind(*shim.align(*operands), present=present, **params)
 
 
-def _forward_jvp(primals, tangents, *, present, **params):
-    out, lse = _rebind(forward_p, *primals, present=present, **params)
+def _forward_jvp(primals, tangents, *, present, tiles, **params):
+    out, lse = _rebind(forward_p, *primals, present=present, tiles=tiles, **params)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     tangents = map(ad.instantiate_zeros, tangents)
     every = (*present, True, True, *present)

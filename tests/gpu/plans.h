@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/sm90/forward.h"
-#include "../../cuda/sm90/wide_launch.h"
+#include "../../cuda/sm90/plan.h"
+#include "../../cuda/sm90/wide_shape.h"
 
 namespace jax_natten::driver {
 
