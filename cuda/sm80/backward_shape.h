@@ -23,7 +23,6 @@ constexpr BackwardShape backward_shape(int element_bytes, int dim, Walk walk) {
   if (row_bytes <= 128) return {64, 64, 2, 1};
   if (row_bytes <= 256) return {64, keys ? 32 : 64, 2, 1};
   if (row_bytes <= 384) return {64, keys ? 16 : 32, 2, 1};
-  if (row_bytes <= 512 && dim <= 128) return {64, 16, 2, 1};
   if (row_bytes <= 512) return keys ? BackwardShape{32, 32, 2, 2} : BackwardShape{64, 16, 2, 1};
   if (row_bytes <= 768) return {32, 16, 2, keys ? 2 : 1};
   return {32, 16, 1, keys ? 2 : 1};

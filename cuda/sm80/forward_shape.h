@@ -20,6 +20,7 @@ struct ForwardShape {
   int keys;   // of a key tile
   int warps;  // that share the rows of the query tile
   bool query_in_registers;
+  int least_ctas;  // of a multiprocessor, which registers must allow for
 };
 
 // rows: 64, or 128: then a warp has 32, so that keys and values are read from shared memory half as often, which long
@@ -27,7 +28,10 @@ struct ForwardShape {
 constexpr ForwardShape forward_shape(int element_bytes, int dim, int rows) {
   const int row_bytes = element_bytes * dim;
   const bool in_registers = rows == 64 && row_bytes <= 256;
-  return {row_bytes <= 256 ? 64 : row_bytes <= 512 ? 32 : 16, rows == 32 ? 2 : 4, in_registers};
+  return {row_bytes <= 256   ? 64
+          : row_bytes <= 512 ? 32
+                             : 16,
+          rows == 32 ? 2 : 4, in_registers, rows == 64 && dim <= 64 ? 3 : 2};
 }
 
 // Rows of the query tile that a compiled head dimension offers; the first is always there.

@@ -48,7 +48,7 @@ struct BackwardTraits {
     alignas(128) uint8_t score_side[RowTile::kBytes];  // queries, or keys; later their gradients
     alignas(128) uint8_t prob_side[RowTile::kBytes];   // d_out, or values; later the gradients of values
     Stage stage[kShape.stages];
-    TileTables<kRows, kColumns, kWalk, true> tables;
+    TileTables<kRows, kColumns, kWalk, true, kRows / 16> tables;
   };
   static_assert(sizeof(Shared) <= kSharedBytesOfAnyDevice, "must fit into the shared memory of every device");
 };
@@ -67,7 +67,6 @@ struct FusedBackward {
   static constexpr int kSums = kDim / kSplits / 2;  // that a thread holds of 16 rows
   static constexpr int kSplitBytes = kDim / kSplits * int(sizeof(T));
   static_assert(kSplits == 1 || kSplitBytes % ColumnTile::kPanelBytes == 0, "splits are made of panels");
-  using Part = QueryPart<kMaxRank, Traits::kWalk>;
   using Sums = float[1][kSums];
   using Scores = float[1][kColumns / 2];
 
@@ -75,29 +74,24 @@ struct FusedBackward {
   Shared& smem;
   const int warp, lane;
 
-  QueryTile tile;    // of a chunk of an additional key pass: head and batch only
-  int chunk, first;  // of an additional key pass: the chunk, and the first additional key of the tile
+  const QueryTile& tile;  // of an additional key pass: head and batch only
+  int chunk, first;       // of an additional key pass: the chunk, and the first additional key of the tile
 
   __device__ FusedBackward(const BackwardParams& params, Shared& smem)
-      : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {}
+      : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tile(smem.tables.tile) {}
 
   __device__ void run() {
     if (rows_are_additional()) {
       decode_additional_tile();
-    } else {
-      tile = decode_query_tile<kMaxRank, Traits::kWalk>(params.schedule, blockIdx.x);
-      if (tile.empty()) return;
-      smem.tables.template fill<kThreads>(params, tile);
-      __syncthreads();
+    } else if (!smem.tables.template fill<kThreads>(params)) {
+      return;
     }
+    __syncthreads();
     copy_staying_rows();
     Columns next = first_columns();
     copy_columns(next, smem.stage[0]);
     ptx::copy_async_commit();
 
-    int part_offset[kMaxRank];
-    query_part_offset(params.schedule.axes, warp / kSplits, part_offset);
-    const Part part(params.schedule.axes, tile, part_offset);
     float row_lse[2], row_delta[2];
     if (!kKeyPass) find_delta(row_lse, row_delta);
     Sums d_score_side, d_prob_side;
@@ -117,7 +111,7 @@ struct FusedBackward {
         if (more) copy_columns(next, smem.stage[stage]);
         ptx::copy_async_commit();
       }
-      compute(present, columns, part, row_lse, row_delta, d_score_side, d_prob_side);
+      compute(present, columns, row_lse, row_delta, d_score_side, d_prob_side);
       if (Traits::kShape.stages == 1) {
         __syncthreads();
         if (more) copy_columns(next, smem.stage[0]);
@@ -148,13 +142,10 @@ struct FusedBackward {
   __device__ __forceinline__ void decode_additional_tile() {
     const int index = int(blockIdx.x) / params.additional_tiles;
     first = int(blockIdx.x) % params.additional_tiles * kRows;
-    tile.head = index % params.kv_heads;
     chunk = index / params.kv_heads % params.chunks;
-    tile.batch = index / params.kv_heads / params.chunks;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      tile.query[a] = tile.key[a] = tile.phase[a] = 0;
-      tile.length[a] = tile.extent[a] = 1;
+    if (threadIdx.x == 0) {
+      smem.tables.tile.head = index % params.kv_heads;
+      smem.tables.tile.batch = index / params.kv_heads / params.chunks;
     }
   }
 
@@ -267,7 +258,7 @@ struct FusedBackward {
   // Columns that no row of the tile sees are not read: they are zeros.
   __device__ __forceinline__ void copy_columns(const Columns& columns, Stage& stage) {
     if (columns.in_window()) {
-      copy_columns_at(columns, stage, smem.tables.positions(params, tile, columns.cursor.begin));
+      copy_columns_at(columns, stage, smem.tables.positions(params, columns.cursor.begin));
     } else {
       copy_columns_at(columns, stage, [begin = columns.linear, end = linear_end()](int column) {
         return begin + column < end ? begin + column : -1;
@@ -300,7 +291,8 @@ struct FusedBackward {
 
   // ---- one tile of columns
 
-  __device__ __forceinline__ TileClass classify(const Columns& columns, const Part& part) const {
+  __device__ __forceinline__ TileClass classify(const Columns& columns) const {
+    const auto& part = smem.tables.parts[warp / kSplits];
     if (columns.in_window()) return part.classify(params.schedule.axes, columns.cursor.begin, params.padded);
     if (!kKeyPass && !part.live) return TileClass::kSkip;
     return columns.linear + kColumns <= linear_end() ? TileClass::kWhole : TileClass::kMasked;
@@ -311,10 +303,9 @@ struct FusedBackward {
     return smem.tables.word(params, columns.cursor.begin, row, lane % 4);
   }
 
-  __device__ __forceinline__ void compute(const Columns& columns, const Stage& stage, const Part& part,
-                                          const float (&row_lse)[2], const float (&row_delta)[2], Sums& d_score_side,
-                                          Sums& d_prob_side) {
-    const TileClass tile_class = classify(columns, part);
+  __device__ __forceinline__ void compute(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
+                                          const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
+    const TileClass tile_class = classify(columns);
     if (tile_class == TileClass::kSkip) return;
 
     Scores probs, d_scores;
@@ -328,7 +319,7 @@ struct FusedBackward {
       const float* bias = nullptr;
       if (has_bias) {
         bias = bias_table(params, tile.batch, kKeyPass ? columns.head : tile.head) +
-               smem.tables.bias_entry(params, tile, columns.cursor.begin, row);
+               smem.tables.bias_entry(params, columns.cursor.begin, row);
       }
 #pragma unroll
       for (int bit = 0; bit < kColumns / 4; ++bit) {

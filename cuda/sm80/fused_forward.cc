@@ -4,6 +4,7 @@
 #include "forward_shape.h"
 #include "fused.h"
 #include "fused_setup.h"
+#include "small_launch.h"
 
 namespace jax_natten::sm80 {
 namespace {
@@ -57,6 +58,7 @@ const char* why_not_fused(const FusedShape& shape) {
 }
 
 const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan) {
+  if (plan.structure == Structure::kSmall) return why_not_small(shape, plan);
   const int bytes = element_bytes(shape.dtype), dim = compiled_dim(shape), least = forward_least_rows(bytes, dim);
   if (plan.rows != least && !(plan.rows == 128 && forward_has_128_rows(bytes, dim) && !extended(shape))) {
     return "tiles have 64 queries, or 128 in float16 and bfloat16 up to a head dimension of 128 without bias and "
@@ -65,7 +67,10 @@ const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan) {
   return why_not_tiles(shape, plan, limits(shape, plan.rows));
 }
 
-Plan plan_forward(const FusedShape& shape) { return choose_tiles(shape, limits(shape, default_rows(shape))); }
+Plan plan_forward(const FusedShape& shape) {
+  Plan plan;
+  return plan_small(shape, plan) ? plan : choose_tiles(shape, limits(shape, default_rows(shape)));
+}
 
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, const Plan& plan,
                           cudaStream_t stream) {
@@ -73,20 +78,12 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
   const int64_t positions = problem.neighborhood.positions();
   if (problem.batch * positions * problem.heads == 0) return cudaSuccess;
 
+  if (plan.structure == Structure::kSmall) return launch_small(problem, plan, stream);
+
   FusedParams params;
   const TileLimits tiles = limits(problem, plan.rows);
   set_up_tiles(problem, plan, tiles.queries, tiles.keys, problem.heads, params);
-  const auto array = [&](const void* data, int64_t rows, int heads, int size) {
-    return row_array(problem.dtype, data, rows, heads, size);
-  };
-  params.query = array(problem.query, positions, problem.heads, problem.dim);
-  params.key = array(problem.key, positions, problem.kv_heads, problem.dim);
-  params.value = array(problem.value, positions, problem.kv_heads, problem.value_dim);
-  params.additional_key = array(problem.additional_keys, problem.additional, problem.kv_heads, problem.dim);
-  params.additional_value = array(problem.additional_values, problem.additional, problem.kv_heads, problem.value_dim);
-  params.out = array(problem.out, positions, problem.heads, problem.value_dim);
-  params.bias = problem.has_bias() ? static_cast<const float*>(problem.bias) : nullptr;
-  params.lse = static_cast<float*>(problem.lse);
+  set_up_forward_arrays(problem, params);
   const bool general = extended(problem);
   params.query_factor = problem.scale > 0 ? 1.f : problem.scale < 0 ? -1.f : 0.f;
   params.scale = float(problem.scale * kLog2E);

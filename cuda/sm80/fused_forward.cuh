@@ -49,7 +49,7 @@ struct ForwardTraits {
   // Queries that move on to registers are only passing through the second stage.
   struct Shared : std::conditional_t<kShape.query_in_registers, Nothing, OwnPlace> {
     Stage stage[2];
-    TileTables<kRows, kKeys, Walk::kKeysOfQueries, kExtended> tables;
+    TileTables<kRows, kKeys, Walk::kKeysOfQueries, kExtended, kShape.warps> tables;
   };
   static_assert(QueryTileRows::kBytes <= int(2 * sizeof(Stage)), "outputs are written through the stages");
   static_assert(!kShape.query_in_registers || QueryTileRows::kBytes <= int(sizeof(Stage)), "queries pass through one");
@@ -70,20 +70,13 @@ struct FusedForward {
   const FusedParams& params;
   Shared& smem;
   const int warp, lane;
-  const QueryTile tile;
-  const int kv_head;
+  const QueryTile& tile;
 
   __device__ FusedForward(const FusedParams& params, Shared& smem)
-      : params(params),
-        smem(smem),
-        warp(threadIdx.x / 32),
-        lane(threadIdx.x % 32),
-        tile(decode_query_tile<kMaxRank>(params.schedule, blockIdx.x)),
-        kv_head(params.schedule.by_group.quotient(tile.head)) {}
+      : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tile(smem.tables.tile) {}
 
   __device__ void run() {
-    if (tile.empty()) return;
-    smem.tables.template fill<Traits::kThreads>(params, tile);
+    if (!smem.tables.template fill<Traits::kThreads>(params)) return;
     __syncthreads();
 
     copy_queries();
@@ -95,9 +88,6 @@ struct FusedForward {
     if (!kExtended && params.query_factor != 1) scale_queries();
     const Queries queries(query_tile(), warp, lane);
 
-    int part_offset[kMaxRank];
-    query_part_offset(params.schedule.axes, warp, part_offset);
-    const QueryPart<kMaxRank> part(params.schedule.axes, tile, part_offset);
     float out[kBlocks][kDim / 2];
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
@@ -115,7 +105,7 @@ struct FusedForward {
       more = next.advance(params, tile);
       if (more) copy_keys_and_values(next, stage ^ 1);
       ptx::copy_async_commit();
-      attend(present, smem.stage[stage], part, queries, softmax, out);
+      attend(present, smem.stage[stage], queries, softmax, out);
     }
     write(softmax, out);
   }
@@ -160,13 +150,14 @@ struct FusedForward {
   __device__ __forceinline__ void copy_keys_and_values(const KeyTiles& keys, int stage) {
     const uint32_t key = ptx::shared_address(smem.stage[stage].key);
     const uint32_t value = ptx::shared_address(smem.stage[stage].value);
+    const int kv_head = params.schedule.by_group.quotient(tile.head);
     const auto copy = [&](const RowArray& key_array, const RowArray& value_array, auto position_of) {
       copy_rows<KeyTileRows, Traits::kThreads>(key, key_array, first_row(key_array, tile.batch, kv_head), position_of);
       copy_rows<KeyTileRows, Traits::kThreads>(value, value_array, first_row(value_array, tile.batch, kv_head),
                                                position_of);
     };
     if (keys.in_window()) {
-      copy(params.key, params.value, smem.tables.positions(params, tile, keys.cursor.begin));
+      copy(params.key, params.value, smem.tables.positions(params, keys.cursor.begin));
     } else {
       copy(params.additional_key, params.additional_value, [&](int row) {
         const int key = keys.additional + row;
@@ -242,7 +233,8 @@ struct FusedForward {
     return smem.tables.word(params, keys.cursor.begin, row, lane % 4);
   }
 
-  __device__ __forceinline__ TileClass classify(const KeyTiles& keys, const QueryPart<kMaxRank>& part) const {
+  __device__ __forceinline__ TileClass classify(const KeyTiles& keys) const {
+    const QueryPart<kMaxRank>& part = smem.tables.parts[warp];
     if (keys.in_window()) return part.classify(params.schedule.axes, keys.cursor.begin, params.padded);
     if (!part.live) return TileClass::kSkip;
     return keys.additional + kKeys <= params.additional ? TileClass::kWhole : TileClass::kMasked;
@@ -254,7 +246,7 @@ struct FusedForward {
     const bool has_bias = params.bias != nullptr && keys.in_window();
     const float* bias = nullptr;
     if (has_bias) {
-      bias = bias_table(params, tile.batch, tile.head) + smem.tables.bias_entry(params, tile, keys.cursor.begin, row);
+      bias = bias_table(params, tile.batch, tile.head) + smem.tables.bias_entry(params, keys.cursor.begin, row);
     }
 #pragma unroll
     for (int bit = 0; bit < kKeys / 4; ++bit) {
@@ -267,9 +259,8 @@ struct FusedForward {
   }
 
   __device__ __forceinline__ void attend(const KeyTiles& keys, const typename Traits::Stage& stage,
-                                         const QueryPart<kMaxRank>& part, const Queries& queries, Softmax& softmax,
-                                         Out& out) {
-    const TileClass tile_class = classify(keys, part);
+                                         const Queries& queries, Softmax& softmax, Out& out) {
+    const TileClass tile_class = classify(keys);
     if (tile_class == TileClass::kSkip) return;
 
     Scores scores;
@@ -325,7 +316,8 @@ struct FusedForward {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads) fused_forward_kernel(const __grid_constant__ FusedParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.least_ctas)
+    fused_forward_kernel(const __grid_constant__ FusedParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   FusedForward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();
 }

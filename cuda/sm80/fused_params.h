@@ -9,8 +9,8 @@
 
 namespace jax_natten::sm80 {
 
-constexpr int kMostRows = 128;    // of a tile that stays
-constexpr int kMostColumns = 64;  // of the tiles that pass by it
+constexpr int kMostRows = 128;     // of a tile that stays
+constexpr int kMostColumns = 112;  // of the tiles that pass by it
 constexpr float kLog2E = 1.4426950408889634f;
 
 // How float32 is multiplied.
@@ -19,8 +19,8 @@ enum class Precision {
   kSplitTf32,  // as sums of two such numbers: nearly float32
 };
 
-// An array [batch, positions, heads, size]. Row of (batch, position, head) at data + batch * batch_step +
-// position * position_step + head * bytes.
+// An array [batch, positions, heads, size]. Row of (batch, position, head) at data + batch * batch_step + position *
+// position_step + head * bytes.
 struct RowArray {
   void* data;
   int64_t batch_step, position_step;

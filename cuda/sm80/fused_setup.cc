@@ -90,19 +90,34 @@ void set_up_tiles(const FusedShape& shape, const Plan& plan, int rows_of_warp, i
   set_up_places(params.schedule, plan, rows_of_warp, columns, params.places);
 }
 
+void set_up_forward_arrays(const FusedForwardParams& problem, FusedParams& params) {
+  const int64_t positions = problem.neighborhood.positions();
+  const auto array = [&](const void* data, int64_t rows, int heads, int size) {
+    return row_array(problem.dtype, data, rows, heads, size);
+  };
+  params.query = array(problem.query, positions, problem.heads, problem.dim);
+  params.key = array(problem.key, positions, problem.kv_heads, problem.dim);
+  params.value = array(problem.value, positions, problem.kv_heads, problem.value_dim);
+  params.additional_key = array(problem.additional_keys, problem.additional, problem.kv_heads, problem.dim);
+  params.additional_value = array(problem.additional_values, problem.additional, problem.kv_heads, problem.value_dim);
+  params.out = array(problem.out, positions, problem.heads, problem.value_dim);
+  params.bias = problem.has_bias() ? static_cast<const float*>(problem.bias) : nullptr;
+  params.lse = static_cast<float*>(problem.lse);
+}
+
 cudaError_t launch_tiles(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream) {
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   {
     static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, bool> allowed;
+    static std::map<std::pair<const void*, int>, int> allowed;
     const std::lock_guard<std::mutex> lock(mutex);
-    bool& done = allowed[{kernel.function, device}];
-    if (!done) {
+    int& bytes = allowed[{kernel.function, device}];
+    if (kernel.shared_bytes > bytes) {
       const cudaError_t error =
           cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
       if (error != cudaSuccess) return error;
-      done = true;
+      bytes = kernel.shared_bytes;
     }
   }
   void* arguments[] = {params};

@@ -20,6 +20,9 @@ RowArray row_array(DType dtype, const void* data, int64_t positions, int heads, 
 void set_up_tiles(const FusedShape& shape, const Plan& plan, int rows_of_warp, int columns, int heads,
                   FusedParams& params);
 
+// The arrays of a forward problem.
+void set_up_forward_arrays(const FusedForwardParams& problem, FusedParams& params);
+
 // Launches a kernel with a CTA for each tile, after allowing it its shared memory. `params` is what it takes.
 cudaError_t launch_tiles(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream);
 

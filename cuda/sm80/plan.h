@@ -5,11 +5,15 @@
 
 namespace jax_natten::sm80 {
 
+// Kernels for all windows (fused_forward.cuh, fused_backward.cuh), and for small ones (small_forward.cuh).
+enum class Structure { kTiles, kSmall };
+
 struct Plan {
+  Structure structure = Structure::kTiles;
   int rows = 64;                         // of the compiled tile that stays
   int query_tile[kMaxRank] = {1, 1, 1};  // queries of a CTA
   int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warp
-  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together
+  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together; kSmall: does not matter
 };
 
 // What a kernel's tiles can hold.

@@ -15,8 +15,10 @@ __device__ __forceinline__ char* first_row(const RowArray& array, int64_t batch,
 }
 
 // Copies 16 bytes, of which only the first `bytes` exist, in the pieces that the array's alignment allows.
-__device__ __forceinline__ void copy_unaligned_chunk(uint32_t destination, const char* source, int bytes, int unit) {
-  if (unit == 8) {
+__device__ __forceinline__ void copy_chunk(uint32_t destination, const char* source, int bytes, int unit) {
+  if (unit == 16) {
+    ptx::copy_async<16>(destination, source, bytes > 0);
+  } else if (unit == 8) {
     for (int i = 0; i < 16; i += 8) ptx::copy_async<8>(destination + i, source + i, i < bytes);
   } else if (unit == 4) {
     for (int i = 0; i < 16; i += 4) ptx::copy_async<4>(destination + i, source + i, i < bytes);
@@ -62,8 +64,8 @@ __device__ __forceinline__ void copy_rows(uint32_t destination, const RowArray& 
 #pragma unroll 1
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
         const int existing = position < 0 ? 0 : bytes - panel * Tile::kPanelBytes;
-        copy_unaligned_chunk(destination + Tile::place(row, chunk) + panel * Tile::kRows * Tile::kPanelBytes,
-                             source + panel * Tile::kPanelBytes, existing, array.copy_bytes);
+        copy_chunk(destination + Tile::place(row, chunk) + panel * Tile::kRows * Tile::kPanelBytes,
+                   source + panel * Tile::kPanelBytes, existing, array.copy_bytes);
       }
     }
   }

@@ -12,17 +12,29 @@
 namespace jax_natten::sm80 {
 
 // kBias: there may be a relative position bias.
-template <int kRows, int kColumns, Walk kWalk, bool kBias>
+template <int kRows, int kColumns, Walk kWalk, bool kBias, int kParts>
 struct TileTables {
+  using Part = QueryPart<kMaxRank, kWalk>;
+
+  QueryTile tile;
+  Part parts[kParts];
   uint32_t mask[4 * (kColumns + 1 + 2 + 2)];
-  Interval partners[kRows + 2];   // of the rows along axis 0, then 1, then 2; relative to the tile's first column
-  int row_position[kRows];        // -1: outside the grid
-  int column_position[kColumns];  // relative to the first column of a tile
+  Interval partners[kRows + 2];  // of the rows along axis 0, then 1, then 2; relative to the tile's first column
+  int row_position[kRows];       // -1: outside the grid
   int column_bias[kBias ? kColumns : 1];  // entry of the bias table, likewise
 
+  // All threads call it; false if the tile of this CTA holds nothing. The tables can be read after a barrier.
   template <int kThreads>
-  __device__ __forceinline__ void fill(const FusedParams& params, const QueryTile& tile) {
+  __device__ __forceinline__ bool fill(const FusedParams& params) {
     const Steps& steps = params.steps;
+    if (threadIdx.x == 0) tile = decode_query_tile<kMaxRank, kWalk>(params.schedule, blockIdx.x);
+    __syncthreads();
+    if (tile.empty()) return false;
+    if (threadIdx.x < kParts) {
+      int offset[kMaxRank];
+      query_part_offset(params.schedule.axes, threadIdx.x, offset);
+      parts[threadIdx.x] = Part(params.schedule.axes, tile, offset);
+    }
     for (int r = threadIdx.x; r < kRows; r += kThreads) {
       const TilePlace place = params.places.rows[r];
       bool inside = place.exists();
@@ -35,10 +47,9 @@ struct TileTables {
       }
       row_position[r] = inside ? position : -1;
     }
-    for (int n = threadIdx.x; n < kColumns; n += kThreads) {
+    for (int n = threadIdx.x; kBias && n < kColumns; n += kThreads) {
       const TilePlace place = params.places.columns[n];
-      column_position[n] = place[0] * steps.group[0] + place[1] * steps.group[1] + place[2] * steps.group[2];
-      if (kBias) column_bias[n] = place[0] * steps.bias[0] + place[1] * steps.bias[1] + place[2] * steps.bias[2];
+      column_bias[n] = place[0] * steps.bias[0] + place[1] * steps.bias[1] + place[2] * steps.bias[2];
     }
     int first = 0;
 #pragma unroll
@@ -52,20 +63,22 @@ struct TileTables {
       first += axis.query_tile;
     }
     for (int i = threadIdx.x; i < params.places.mask_layout.words; i += kThreads) mask[i] = params.places.mask_table[i];
+    return true;
   }
 
   // Positions of the columns of the tile at `begin`, as a function of the column: -1 for those that no row sees.
-  __device__ __forceinline__ auto positions(const FusedParams& params, const QueryTile& tile, const int* begin) const {
+  __device__ __forceinline__ auto positions(const FusedParams& params, const int* begin) const {
     int first = 0;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       first += (tile.key[a] + begin[a]) * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
     }
-    const int left[kMaxRank] = {tile.extent[0] - begin[0], tile.extent[1] - begin[1], tile.extent[2] - begin[2]};
-    return [this, &params, first, left0 = left[0], left1 = left[1], left2 = left[2]](int column) {
+    const int left0 = tile.extent[0] - begin[0], left1 = tile.extent[1] - begin[1], left2 = tile.extent[2] - begin[2];
+    return [&params, first, left0, left1, left2](int column) {
       const TilePlace place = params.places.columns[column];
       const bool seen = place.exists() && place[0] < left0 && place[1] < left1 && place[2] < left2;
-      return seen ? first + column_position[column] : -1;
+      const int (&step)[kMaxRank] = params.steps.group;
+      return seen ? first + place[0] * step[0] + place[1] * step[1] + place[2] * step[2] : -1;
     };
   }
 
@@ -80,8 +93,7 @@ struct TileTables {
 
   // Entry of a head's bias table for a row and the first column of the tile at `begin`. That of another column is its
   // column_bias further, or before if columns are queries.
-  __device__ __forceinline__ int64_t bias_entry(const FusedParams& params, const QueryTile& tile, const int* begin,
-                                                int row) const {
+  __device__ __forceinline__ int64_t bias_entry(const FusedParams& params, const int* begin, int row) const {
     const TilePlace place = params.places.rows[row];
     int64_t entry = 0;
 #pragma unroll
