@@ -2,8 +2,8 @@
 
 namespace jax_natten::sm80 {
 
-KernelInstance backward_d128(DType dtype, Precision precision, Walk walk) {
-  return backward_instance<128>(dtype, precision, walk);
+KernelInstance backward_d128(DType dtype, Precision precision, Pass pass) {
+  return backward_instance<128>(dtype, precision, pass);
 }
 
 }  // namespace jax_natten::sm80

@@ -18,6 +18,10 @@ struct BackwardParams : FusedParams {
   float* partials;  // [batch, chunks, additional, kv_heads, dim + value_dim]
   int chunks;
   int additional_tiles;  // of a batch element, chunk and key head
+
+  // The bias pass: partial tables, whose tiles of queries are dealt out to the chunks in turn.
+  float* bias_partials;  // [chunks, bias_batch, heads, bias_size]
+  int tiles_of_head, bias_batch;
 };
 
 }  // namespace jax_natten::sm80

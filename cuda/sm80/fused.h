@@ -19,15 +19,19 @@ const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan);
 // The plan that fused_forward() follows by default.
 Plan plan_forward(const FusedShape& shape);
 
+// Both, for a call that may ask for tiles.
+const char* why_not_forward(const FusedForwardParams& problem);
+
 // Enqueue a problem's computation. They neither allocate nor synchronise. cudaErrorInvalidValue if there is a reason
-// why not. `precision` is that of float32.
+// why not. `precision` is that of float32. Without a plan: with the tiles that the call asks for, or the default ones.
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, const Plan& plan,
                           cudaStream_t stream);
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream);
 
-// The backward's two passes: tiles of queries, and tiles of keys, for which `query` in a plan reads as key.
+// The backward's passes: tiles of queries, tiles of keys, for which `query` in a plan reads as key, and tiles of
+// queries again for the gradient of the bias.
 struct BackwardPlan {
-  Plan queries, keys;
+  Plan queries, keys, bias;
 };
 
 const char* why_not_fused_backward(const FusedShape& shape);

@@ -17,41 +17,41 @@ namespace {
 
 int compiled_dim(const FusedShape& shape) { return forward_dim(std::max(shape.dim, shape.value_dim)); }
 
-BackwardShape compiled_shape(const FusedShape& shape, Walk walk) {
-  return backward_shape(element_bytes(shape.dtype), compiled_dim(shape), walk);
+BackwardShape compiled_shape(const FusedShape& shape, Pass pass) {
+  return backward_shape(element_bytes(shape.dtype), compiled_dim(shape), pass);
 }
 
-TileLimits limits(const FusedShape& shape, Walk walk) {
-  const BackwardShape compiled = compiled_shape(shape, walk);
+TileLimits limits(const FusedShape& shape, Pass pass) {
+  const BackwardShape compiled = compiled_shape(shape, pass);
   return {compiled.rows / 16, 16, compiled.columns};
 }
 
-KernelInstance find_kernel(const FusedShape& shape, Precision precision, Walk walk) {
+KernelInstance find_kernel(const FusedShape& shape, Precision precision, Pass pass) {
   switch (compiled_dim(shape)) {
     case 32:
-      return backward_d32(shape.dtype, precision, walk);
+      return backward_d32(shape.dtype, precision, pass);
     case 64:
-      return backward_d64(shape.dtype, precision, walk);
+      return backward_d64(shape.dtype, precision, pass);
     case 96:
-      return backward_d96(shape.dtype, precision, walk);
+      return backward_d96(shape.dtype, precision, pass);
     case 128:
-      return backward_d128(shape.dtype, precision, walk);
+      return backward_d128(shape.dtype, precision, pass);
     case 192:
-      return backward_d192(shape.dtype, precision, walk);
+      return backward_d192(shape.dtype, precision, pass);
     default:
-      return backward_d256(shape.dtype, precision, walk);
+      return backward_d256(shape.dtype, precision, pass);
   }
 }
 
 int64_t additional_tiles(const FusedShape& shape) {
-  const int rows = compiled_shape(shape, Walk::kQueriesOfKeys).rows;
+  const int rows = compiled_shape(shape, Pass::kKeys).rows;
   return (int64_t(shape.additional) + rows - 1) / rows;
 }
 
-void set_up(const FusedBackwardParams& problem, const Plan& plan, Walk walk, BackwardParams& params) {
+void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, BackwardParams& params) {
   const int64_t positions = problem.neighborhood.positions();
-  const TileLimits tiles = limits(problem, walk);
-  const int staying_heads = walk == Walk::kKeysOfQueries ? problem.heads : problem.kv_heads;
+  const TileLimits tiles = limits(problem, pass);
+  const int staying_heads = pass == Pass::kKeys ? problem.kv_heads : problem.heads;
   set_up_tiles(problem, plan, tiles.queries, tiles.keys, staying_heads, params);
   const auto array = [&](const void* data, int64_t rows, int heads, int size) {
     return row_array(problem.dtype, data, rows, heads, size);
@@ -79,6 +79,9 @@ void set_up(const FusedBackwardParams& problem, const Plan& plan, Walk walk, Bac
   params.partials = nullptr;
   params.chunks = reduction_chunks(positions);
   params.additional_tiles = int(additional_tiles(problem));
+  params.bias_partials = nullptr;
+  params.tiles_of_head = int(params.schedule.tiles / (problem.batch * staying_heads));
+  params.bias_batch = int(problem.bias_batch);
 }
 
 // What remains to be written if there are no queries.
@@ -98,17 +101,19 @@ cudaError_t fill_sums_with_zeros(const FusedBackwardParams& p, cudaStream_t stre
 const char* why_not_fused_backward(const FusedShape& shape) {
   if (const char* reason = why_not_fused(shape)) return reason;
   if (shape.batch * 64 * shape.kv_heads * additional_tiles(shape) > INT32_MAX) return "has too many additional keys";
+  if (64 * shape.bias_batch * shape.heads > INT32_MAX) return "has too many bias tables";
   return nullptr;
 }
 
 const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan) {
-  if (const char* reason = why_not_tiles(shape, plan.queries, limits(shape, Walk::kKeysOfQueries))) return reason;
-  return why_not_tiles(shape, plan.keys, limits(shape, Walk::kQueriesOfKeys));
+  if (const char* reason = why_not_tiles(shape, plan.queries, limits(shape, Pass::kQueries))) return reason;
+  if (const char* reason = why_not_tiles(shape, plan.keys, limits(shape, Pass::kKeys))) return reason;
+  return shape.has_bias() ? why_not_tiles(shape, plan.bias, limits(shape, Pass::kBias)) : nullptr;
 }
 
 BackwardPlan plan_backward(const FusedShape& shape) {
-  return {choose_tiles(shape, limits(shape, Walk::kKeysOfQueries)),
-          choose_tiles(shape, limits(shape, Walk::kQueriesOfKeys))};
+  return {choose_tiles(shape, limits(shape, Pass::kQueries)), choose_tiles(shape, limits(shape, Pass::kKeys)),
+          choose_tiles(shape, limits(shape, Pass::kBias))};
 }
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, const BackwardPlan& plan,
@@ -120,12 +125,12 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
     return fill_sums_with_zeros(problem, stream);
   }
   BackwardParams params;
-  set_up(problem, plan.queries, Walk::kKeysOfQueries, params);
-  const KernelInstance query_pass = find_kernel(problem, precision, Walk::kKeysOfQueries);
+  set_up(problem, plan.queries, Pass::kQueries, params);
+  const KernelInstance query_pass = find_kernel(problem, precision, Pass::kQueries);
   if (auto error = launch(query_pass, params.schedule.tiles, params, stream)) return error;
 
-  set_up(problem, plan.keys, Walk::kQueriesOfKeys, params);
-  const KernelInstance key_pass = find_kernel(problem, precision, Walk::kQueriesOfKeys);
+  set_up(problem, plan.keys, Pass::kKeys, params);
+  const KernelInstance key_pass = find_kernel(problem, precision, Pass::kKeys);
   if (auto error = launch(key_pass, params.schedule.tiles, params, stream)) return error;
 
   if (problem.additional > 0) {
@@ -134,7 +139,14 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
     if (auto error = launch(key_pass, int(tiles), params, stream)) return error;
     if (auto error = sum_additional(problem, stream)) return error;
   }
-  return problem.has_bias() ? naive::backward_of_bias(problem, stream) : cudaSuccess;
+  if (!problem.has_bias()) return cudaSuccess;
+
+  set_up(problem, plan.bias, Pass::kBias, params);
+  params.bias_partials = static_cast<float*>(problem.workspace) + naive::bias_partials(problem);
+  const KernelInstance bias_pass = find_kernel(problem, precision, Pass::kBias);
+  const int64_t tables = params.chunks * problem.bias_batch * problem.heads;
+  if (auto error = launch(bias_pass, int(tables), params, stream)) return error;
+  return sum_bias(problem, stream);
 }
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream) {

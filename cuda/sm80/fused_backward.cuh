@@ -26,14 +26,14 @@
 
 namespace jax_natten::sm80 {
 
-template <class Numbers_, int kDim_, Walk kWalk_>
+template <class Numbers_, int kDim_, Pass kPass>
 struct BackwardTraits {
   using Numbers = Numbers_;
   using T = typename Numbers::Element;
   static constexpr int kDim = kDim_;
-  static constexpr Walk kWalk = kWalk_;
-  static constexpr bool kKeyPass = kWalk == Walk::kQueriesOfKeys;
-  static constexpr BackwardShape kShape = backward_shape(sizeof(T), kDim, kWalk);
+  static constexpr Walk kWalk = walk_of(kPass);
+  static constexpr bool kKeyPass = kPass == Pass::kKeys;
+  static constexpr BackwardShape kShape = backward_shape(sizeof(T), kDim, kPass);
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = 32 * kShape.warps();
   using RowTile = SharedTile<kRows, kDim* int(sizeof(T))>;
   using ColumnTile = SharedTile<kColumns, kDim* int(sizeof(T))>;
@@ -83,7 +83,7 @@ struct FusedBackward {
   __device__ void run() {
     if (rows_are_additional()) {
       decode_additional_tile();
-    } else if (!smem.tables.template fill<kThreads>(params)) {
+    } else if (!smem.tables.template fill<kThreads>(params, blockIdx.x)) {
       return;
     }
     __syncthreads();
@@ -125,7 +125,7 @@ struct FusedBackward {
     }
   }
 
- private:
+ protected:
   __device__ __forceinline__ bool rows_are_additional() const { return kKeyPass && params.partials != nullptr; }
   __device__ __forceinline__ int row_of_warp() const { return warp / kSplits * 16; }
   __device__ __forceinline__ int row_of_thread(int i) const { return row_of_warp() + 8 * i + lane / 4; }
@@ -305,10 +305,18 @@ struct FusedBackward {
 
   __device__ __forceinline__ void compute(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
                                           const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
-    const TileClass tile_class = classify(columns);
-    if (tile_class == TileClass::kSkip) return;
-
     Scores probs, d_scores;
+    if (!find_d_scores(columns, stage, row_lse, row_delta, probs, d_scores)) return;
+    if (kKeyPass) add(d_prob_side, probs, stage.prob_side);
+    add(d_score_side, d_scores, stage.score_side);
+  }
+
+  // False if the warp's rows see none of the columns.
+  __device__ __forceinline__ bool find_d_scores(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
+                                                const float (&row_delta)[2], Scores& probs, Scores& d_scores) {
+    const TileClass tile_class = classify(columns);
+    if (tile_class == TileClass::kSkip) return false;
+
     multiply(smem.score_side, stage.score_side, probs);
     multiply(smem.prob_side, stage.prob_side, d_scores);
 #pragma unroll
@@ -335,8 +343,7 @@ struct FusedBackward {
         d_scores[0][e] = seen >> bit & 1 ? p * (d_scores[0][e] - delta) : 0.f;
       }
     }
-    if (kKeyPass) add(d_prob_side, probs, stage.prob_side);
-    add(d_score_side, d_scores, stage.score_side);
+    return true;
   }
 
   // products = rows columns^T
@@ -405,7 +412,7 @@ struct FusedBackward {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, 2)
     fused_backward_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   FusedBackward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();

@@ -91,9 +91,23 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
   return launch(find_kernel(problem, precision, plan.rows), params.schedule.tiles, params, stream);
 }
 
+const char* why_not_forward(const FusedForwardParams& problem) {
+  if (const char* reason = why_not_fused(problem)) return reason;
+  if (problem.tile_fields == 0) return nullptr;
+  Plan plan;
+  if (const char* reason = decode_plan(problem.tiles, problem.tile_fields, plan)) return reason;
+  return why_not_forward_plan(problem, plan);
+}
+
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream) {
-  if (why_not_fused(problem) != nullptr) return cudaErrorInvalidValue;
-  return fused_forward(problem, precision, plan_forward(problem), stream);
+  if (why_not_forward(problem) != nullptr) return cudaErrorInvalidValue;
+  Plan plan;
+  if (problem.tile_fields == 0) {
+    plan = plan_forward(problem);
+  } else {
+    decode_plan(problem.tiles, problem.tile_fields, plan);
+  }
+  return fused_forward(problem, precision, plan, stream);
 }
 
 }  // namespace jax_natten::sm80

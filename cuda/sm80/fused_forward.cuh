@@ -76,7 +76,7 @@ struct FusedForward {
       : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tile(smem.tables.tile) {}
 
   __device__ void run() {
-    if (!smem.tables.template fill<Traits::kThreads>(params)) return;
+    if (!smem.tables.template fill<Traits::kThreads>(params, blockIdx.x)) return;
     __syncthreads();
 
     copy_queries();

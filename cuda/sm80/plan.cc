@@ -38,6 +38,23 @@ struct AxisCosts {
 
 }  // namespace
 
+const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
+  if (count != kPlanFields) return "wants 11 numbers for tiles";
+  if (fields[0] != int64_t(Structure::kTiles) && fields[0] != int64_t(Structure::kSmall))
+    return "has no such structure";
+  for (size_t i = 1; i < count; ++i) {
+    if (fields[i] < 1 || fields[i] > 128) return "has tiles of 1 to 128 positions along an axis";
+  }
+  plan.structure = Structure(fields[0]);
+  plan.rows = int(fields[1]);
+  for (int a = 0; a < kMaxRank; ++a) {
+    plan.query_tile[a] = int(fields[2 + a]);
+    plan.query_part[a] = int(fields[2 + kMaxRank + a]);
+    plan.key_tile[a] = int(fields[2 + 2 * kMaxRank + a]);
+  }
+  return nullptr;
+}
+
 const char* why_not_tiles(const FusedShape& shape, const Plan& plan, const TileLimits& limits) {
   int64_t tiles = shape.batch * shape.heads;
   for (int a = 0; a < kMaxRank; ++a) {

@@ -1,12 +1,16 @@
 // How a fused problem is cut into tiles.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "../common/params.h"
 
 namespace jax_natten::sm80 {
 
-// Kernels for all windows (fused_forward.cuh, fused_backward.cuh), and for small ones (small_forward.cuh).
-enum class Structure { kTiles, kSmall };
+// Kernels for all windows (fused_forward.cuh, fused_backward.cuh), and for small ones (small_forward.cuh). The
+// numbers are a wire format.
+enum class Structure { kTiles = 0, kSmall = 1 };
 
 struct Plan {
   Structure structure = Structure::kTiles;
@@ -15,6 +19,12 @@ struct Plan {
   int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warp
   int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together; kSmall: does not matter
 };
+
+// A plan as custom calls carry it: structure, rows, query_tile, query_part, key_tile. A wire format.
+constexpr int kPlanFields = 11;
+
+// Why `fields` are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is another question.
+const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
 
 // What a kernel's tiles can hold.
 struct TileLimits {

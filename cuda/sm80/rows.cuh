@@ -40,20 +40,19 @@ __device__ __forceinline__ void copy_rows(uint32_t destination, const RowArray& 
                                           PositionOfRow position_of) {
   constexpr int kRowsAtOnce = kThreads / Tile::kPanelChunks;
   static_assert(Tile::kRows % kRowsAtOnce == 0, "every thread must copy the same number of rows");
-  static_assert(kRowsAtOnce % 8 == 0, "the permutation of chunks repeats after 8 rows");
   const int first = threadIdx.x / Tile::kPanelChunks, chunk = threadIdx.x % Tile::kPanelChunks;
   const int bytes = array.bytes - 16 * chunk;
   rows += 16 * chunk;
   if (array.copy_bytes == 16) {
-    const uint32_t place = destination + Tile::place(first, chunk);
 #pragma unroll
     for (int i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
-      const int position = position_of(first + i * kRowsAtOnce);
+      const int row = first + i * kRowsAtOnce, position = position_of(row);
+      const uint32_t place = destination + Tile::place(row, chunk);
       const char* source = rows + int64_t(imax(position, 0)) * array.position_step;
 #pragma unroll
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        ptx::copy_async<16>(place + (panel * Tile::kRows + i * kRowsAtOnce) * Tile::kPanelBytes,
-                            source + panel * Tile::kPanelBytes, position >= 0 && panel * Tile::kPanelBytes < bytes);
+        ptx::copy_async<16>(place + panel * Tile::kRows * Tile::kPanelBytes, source + panel * Tile::kPanelBytes,
+                            position >= 0 && panel * Tile::kPanelBytes < bytes);
       }
     }
   } else {

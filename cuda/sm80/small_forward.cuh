@@ -53,7 +53,7 @@ struct SmallForward {
       : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tile(smem.tables.tile) {}
 
   __device__ void run() {
-    if (!smem.tables.template fill<kThreads>(params)) return;
+    if (!smem.tables.template fill<kThreads>(params, blockIdx.x)) return;
     for (int n = threadIdx.x; n < kKeys; n += kThreads) {
       const TilePlace place = params.places.columns[n];
       smem.list_row[n] = (place[0] * params.box[1] + place[1]) * params.box[2] + place[2];

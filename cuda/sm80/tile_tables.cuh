@@ -23,11 +23,11 @@ struct TileTables {
   int row_position[kRows];       // -1: outside the grid
   int column_bias[kBias ? kColumns : 1];  // entry of the bias table, likewise
 
-  // All threads call it; false if the tile of this CTA holds nothing. The tables can be read after a barrier.
+  // All threads call it; false if the tile of that index holds nothing. The tables can be read after a barrier.
   template <int kThreads>
-  __device__ __forceinline__ bool fill(const FusedParams& params) {
+  __device__ __forceinline__ bool fill(const FusedParams& params, int index) {
     const Steps& steps = params.steps;
-    if (threadIdx.x == 0) tile = decode_query_tile<kMaxRank, kWalk>(params.schedule, blockIdx.x);
+    if (threadIdx.x == 0) tile = decode_query_tile<kMaxRank, kWalk>(params.schedule, index);
     __syncthreads();
     if (tile.empty()) return false;
     if (threadIdx.x < kParts) {

@@ -27,7 +27,7 @@ namespace jax_natten::sm80 {
 
 #define STAND_IN(DIM)                                                                                          \
   __attribute__((weak)) KernelInstance forward_d##DIM(DType, Precision, int, bool) { return {nullptr, 0, 0}; } \
-  __attribute__((weak)) KernelInstance backward_d##DIM(DType, Precision, Walk) { return {nullptr, 0, 0}; }
+  __attribute__((weak)) KernelInstance backward_d##DIM(DType, Precision, Pass) { return {nullptr, 0, 0}; }
 STAND_IN(32)
 STAND_IN(64)
 STAND_IN(96)
@@ -83,8 +83,8 @@ Plan random_plan(std::mt19937& random, const FusedShape& shape, const char* (*wh
   for (int attempt = 0; attempt < 300; ++attempt) {
     Plan plan;
     if (fallback.structure == sm80::Structure::kSmall && random() % 2) plan.structure = fallback.structure;
-    const int warps = random() % 8 ? 4 : 2;
-    plan.rows = warps == 2 ? 32 : random() % 2 ? 64 : 128;
+    const int warps = random() % 8 ? 4 : random() % 4 ? 2 : 1;
+    plan.rows = warps < 4 ? 16 * warps : random() % 2 ? 64 : 128;
     random_tile(random, rank, plan.rows / warps, plan.query_part);
     random_tile(random, rank, random() % 2 ? 64 : random() % 2 ? 32 : 16, plan.key_tile);
     std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
@@ -262,10 +262,16 @@ bool check_forward(const Case& c) {
 }
 
 const char* why_not_queries(const FusedShape& shape, const Plan& plan) {
-  return sm80::why_not_backward_plan(shape, {plan, sm80::plan_backward(shape).keys});
+  return sm80::why_not_backward_plan(shape, {plan, sm80::plan_backward(shape).keys, sm80::plan_backward(shape).bias});
 }
 const char* why_not_keys(const FusedShape& shape, const Plan& plan) {
-  return sm80::why_not_backward_plan(shape, {sm80::plan_backward(shape).queries, plan});
+  return sm80::why_not_backward_plan(shape,
+                                     {sm80::plan_backward(shape).queries, plan, sm80::plan_backward(shape).bias});
+}
+
+const char* why_not_bias(const FusedShape& shape, const Plan& plan) {
+  return sm80::why_not_backward_plan(shape,
+                                     {sm80::plan_backward(shape).queries, sm80::plan_backward(shape).keys, plan});
 }
 
 bool check_backward(const Case& c) {
@@ -278,6 +284,7 @@ bool check_backward(const Case& c) {
   sm80::BackwardPlan plan = sm80::plan_backward(shape);
   if (random() % 2) plan.queries = random_plan(random, shape, why_not_queries, plan.queries);
   if (random() % 2) plan.keys = random_plan(random, shape, why_not_keys, plan.keys);
+  if (shape.has_bias() && random() % 2) plan.bias = random_plan(random, shape, why_not_bias, plan.bias);
   std::printf("backward %-10s %s | %s | %s", c.problem.name.c_str(), describe(c).c_str(),
               describe(plan.queries).c_str(), describe(plan.keys).c_str());
   std::fflush(stdout);
@@ -339,7 +346,8 @@ bool check_backward(const Case& c) {
            std::memcmp(once.d_key, params.d_key, keys * shape.dim * bytes) == 0 &&
            std::memcmp(once.d_value, params.d_value, keys * shape.value_dim * bytes) == 0 &&
            std::memcmp(once.d_additional_keys, params.d_additional_keys, extra * shape.dim * bytes) == 0 &&
-           std::memcmp(once.d_additional_values, params.d_additional_values, extra * shape.value_dim * bytes) == 0;
+           std::memcmp(once.d_additional_values, params.d_additional_values, extra * shape.value_dim * bytes) == 0 &&
+           std::memcmp(once.d_bias, params.d_bias, reference.d_bias.size() * sizeof(float)) == 0;
   }
   bool good = same && arrays.intact();
   std::printf(" errors");
