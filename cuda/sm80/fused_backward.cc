@@ -84,6 +84,8 @@ void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, Bac
   params.bias_batch = int(problem.bias_batch);
 }
 
+bool is_empty(const FusedShape& shape) { return shape.batch * shape.neighborhood.positions() * shape.heads == 0; }
+
 // What remains to be written if there are no queries.
 cudaError_t fill_sums_with_zeros(const FusedBackwardParams& p, cudaStream_t stream) {
   const int64_t additional = p.batch * p.additional * p.kv_heads * element_bytes(p.dtype);
@@ -118,11 +120,9 @@ BackwardPlan plan_backward(const FusedShape& shape) {
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, const BackwardPlan& plan,
                            cudaStream_t stream) {
+  if (is_empty(problem)) return fill_sums_with_zeros(problem, stream);
   if (why_not_fused_backward(problem) != nullptr || why_not_backward_plan(problem, plan) != nullptr) {
     return cudaErrorInvalidValue;
-  }
-  if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) {
-    return fill_sums_with_zeros(problem, stream);
   }
   BackwardParams params;
   set_up(problem, plan.queries, Pass::kQueries, params);
@@ -150,6 +150,7 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
 }
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream) {
+  if (is_empty(problem)) return fill_sums_with_zeros(problem, stream);
   if (why_not_fused_backward(problem) != nullptr) return cudaErrorInvalidValue;
   return fused_backward(problem, precision, plan_backward(problem), stream);
 }

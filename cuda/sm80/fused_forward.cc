@@ -53,7 +53,9 @@ const char* why_not_fused(const FusedShape& shape) {
   if (shape.dtype == DType::kFloat64) return "takes float16, bfloat16 and float32 only";
   if (shape.dim > 256 || shape.value_dim > 256) return "takes head dimensions up to 256";
   if (shape.neighborhood.positions() > INT32_MAX) return "takes grids of up to 2^31 - 1 positions";
-  if (shape.batch * shape.neighborhood.positions() * shape.heads / 16 > INT32_MAX) return "has too many tiles";
+  double pairs = double(shape.batch) * shape.heads;  // dilation groups counted as if they were equally long
+  for (const Axis& axis : shape.neighborhood.axes) pairs *= double(group_length(axis, 0)) * axis.dilation;
+  if (pairs > INT32_MAX) return "takes up to 2^31 - 1 pairs of a query and a head";
   return nullptr;
 }
 
@@ -74,10 +76,8 @@ Plan plan_forward(const FusedShape& shape) {
 
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, const Plan& plan,
                           cudaStream_t stream) {
+  if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
   if (why_not_fused(problem) != nullptr || why_not_forward_plan(problem, plan) != nullptr) return cudaErrorInvalidValue;
-  const int64_t positions = problem.neighborhood.positions();
-  if (problem.batch * positions * problem.heads == 0) return cudaSuccess;
-
   if (plan.structure == Structure::kSmall) return launch_small(problem, plan, stream);
 
   FusedParams params;
@@ -100,6 +100,7 @@ const char* why_not_forward(const FusedForwardParams& problem) {
 }
 
 cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision, cudaStream_t stream) {
+  if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
   if (why_not_forward(problem) != nullptr) return cudaErrorInvalidValue;
   Plan plan;
   if (problem.tile_fields == 0) {
