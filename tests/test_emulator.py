@@ -30,3 +30,7 @@ def test_the_emulator_finds_faults():
 
 def test_sm90_forward_kernels_compute_the_definition():
     run("test_sm90_forward", "30")
+
+
+def test_sm80_fused_kernels_compute_the_definition():
+    run("test_sm80_fused", "30")

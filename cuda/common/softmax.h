@@ -60,6 +60,7 @@ struct OnlineSoftmax {
   float sum[2] = {0, 0};                      // over this thread's columns
   float correction[2] = {1, 1};               // of the outputs, after an update that returned true
 
+  OnlineSoftmax() = default;
   __device__ explicit OnlineSoftmax(float scale) : scale(scale) {}
 
   // Turns scores into p. True (for the whole warp) if outputs so far must be multiplied by `correction`.

@@ -104,6 +104,20 @@ inline uint4 load_vector(uint32_t address) {
   return v;
 }
 
+inline void store_vector(uint32_t address, uint4 v) {
+  if (uint8_t* to = emulator::shared_bytes(address, 16, 16, "st.shared.v4")) memcpy(to, &v, 16);
+}
+
+inline uint32_t load_word(uint32_t address) {
+  uint32_t word = 0;
+  if (const uint8_t* from = emulator::shared_bytes(address, 4, 4, "ld.shared")) memcpy(&word, from, 4);
+  return word;
+}
+
+inline void store_word(uint32_t address, uint32_t word) {
+  if (uint8_t* to = emulator::shared_bytes(address, 4, 4, "st.shared")) memcpy(to, &word, 4);
+}
+
 // ---- arithmetic
 
 inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
