@@ -187,6 +187,16 @@ __device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 
+__device__ __forceinline__ uint16_t load_short(uint32_t address) {
+  uint16_t element;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(element) : "r"(address) : "memory");
+  return element;
+}
+
+__device__ __forceinline__ void store_short(uint32_t address, uint16_t element) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(element) : "memory");
+}
+
 // ---- arithmetic
 
 __device__ __forceinline__ float exp2_approximate(float x) {
@@ -200,6 +210,9 @@ __device__ __forceinline__ float log2_approximate(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Keeps the compiler from computing what depends on `x` ahead of this point, outside of a loop say, and keeping it.
+__device__ __forceinline__ void compute_again(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Keeps ptxas from moving what follows before the computation of `x`, which must not be negative.
 __device__ __forceinline__ void schedule_after(float x) {

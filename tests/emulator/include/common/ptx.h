@@ -118,11 +118,22 @@ inline void store_word(uint32_t address, uint32_t word) {
   if (uint8_t* to = emulator::shared_bytes(address, 4, 4, "st.shared")) memcpy(to, &word, 4);
 }
 
+inline uint16_t load_short(uint32_t address) {
+  uint16_t element = 0;
+  if (const uint8_t* from = emulator::shared_bytes(address, 2, 2, "ld.shared.u16")) memcpy(&element, from, 2);
+  return element;
+}
+
+inline void store_short(uint32_t address, uint16_t element) {
+  if (uint8_t* to = emulator::shared_bytes(address, 2, 2, "st.shared.u16")) memcpy(to, &element, 2);
+}
+
 // ---- arithmetic
 
 inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 inline float exp2_approximate(float x) { return flush(std::exp2(flush(x))); }
 inline float log2_approximate(float x) { return std::log2(flush(x)); }
+inline void compute_again(uint32_t&) {}
 inline void schedule_after(float x) {
   if (x < 0) __trap();
 }
