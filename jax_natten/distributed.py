@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_natten import checks, halo
 from jax_natten.attention import Bools, Ints
 from jax_natten.attention import neighborhood_attention as _attention
+from jax_natten.exchange import Names, Pieces, ShardedAxis
 from jax_natten.halo import AxisPlan, Box, plan_axis
 from jax_natten.neighborhood import Neighborhood
 
@@ -34,8 +35,6 @@ __all__ = ["neighborhood_attention", "plan_axis", "sharded_attention"]
 # less time than the exchange. This many operations of attention take as long as receiving a byte: between 170 (small
 # windows) and 1500 (large ones) on an H200 that receives 350 GB/s over NVLink, more where the network is slower.
 FLOPS_PER_BYTE = 1000
-
-Names = Hashable  # of a mesh axis, a tuple of them, or None
 
 
 def neighborhood_attention(
@@ -96,44 +95,41 @@ def neighborhood_attention(
                 f"grid axis {number} is not sharded: its local length {length} must be that of grid {whole}"
             )
 
-    sharded = [
-        _ShardedAxis(query.ndim - rank - 2 + number, name, axis.length, plan_axis(axis, shards[number], local[number]))
+    axes = tuple(
+        ShardedAxis(query.ndim - rank - 2 + number, name, axis.length, plan_axis(axis, shards[number], local[number]))
         for number, (name, axis) in enumerate(zip(mesh_axes, window.axes(whole)))
         if name is not None
-    ]
-    plans = [axis.plan for axis in sharded]
+    )
+    plans = [axis.plan for axis in axes]
     if overlap is None:
         group = query.shape[-2] // max(key.shape[-2], 1)
         overlap = _hiding_pays(plans, 2 * window.window_size * group, query.dtype.itemsize)
-    for axis in sharded:
-        query, key, value = (axis.clear_padding(x) for x in (query, key, value))
-    extended_key, extended_value = key, value
-    for axis in sharded:
-        extended_key, extended_value = axis.extend(extended_key), axis.extend(extended_value)
+    for sharded in axes:
+        query, key, value = (sharded.clear_padding(x) for x in (query, key, value))
+    alone = [Pieces(x, axes) for x in (query, key, value)]
+    extended = [alone[0], *(pieces.exchanged() for pieces in alone[1:])]
 
-    def attend(box: Box) -> list[jax.Array]:
-        """Output and LSE of one box of queries. The interior takes its keys from the shard, without the halo."""
-        alone = all(part is plan.interior for part, plan in zip(box, plans))
-        q, k, v = (query, key, value) if alone else (query, extended_key, extended_value)
-        for axis, part in zip(sharded, box):
-            before = 0 if alone else axis.plan.left
-            q = axis.cut(q, part.offsets, part.size)
-            k, v = (axis.cut(x, [before + offset for offset in part.offsets], part.size) for x in (k, v))
+    def attend(sources: Sequence[Pieces], box: Box, keep: Box) -> list[jax.Array]:
+        """Output and LSE of the queries of ``keep``, from the slab of a box."""
+        slab = [part.offsets for part in box], [part.size for part in box]
+        q, k, v = (source.cut(*slab) for source in sources)
         results = _attention(q, k, v, kernel_size, stride, dilation, is_causal, return_lse=True, **kwargs)
-        for axis, part in zip(sharded, box):
-            starts = [part.begin - offset for offset in part.offsets]
-            results = [axis.cut(x, starts, part.end - part.begin) for x in results]
-        return list(results)
+        starts = [[run.begin - offset for offset in part.offsets] for part, run in zip(box, keep)]
+        return [Pieces(x, axes).cut(starts, [run.end - run.begin for run in keep]) for x in results]
 
     first, borders = halo.cover(plans, overlap)
-    results = attend(first)
-    # From the last axis to the first: the border of an axis spans the axes after it.
-    for number, axis in reversed(list(enumerate(sharded))):
-        pieces = {first[number].begin: results} | {box[number].begin: attend(box) for box in borders[number]}
-        results = [jnp.concatenate(x, axis.axis) for x in zip(*(piece for _, piece in sorted(pieces.items())))]
-    for axis in sharded:
-        results = [axis.clear_padding(x) for x in results]
-    return tuple(results) if return_lse else results[0]
+    unaided = all(part is plan.interior for part, plan in zip(first, plans))
+    # The whole shard, of which the border is wrong and written over.
+    results = attend(alone if unaided else extended, first, tuple(plan.whole for plan in plans))
+    for box in borders:
+        begins = [0] * query.ndim
+        for sharded, part in zip(axes, box):
+            begins[sharded.axis] = part.begin
+        pieces = attend(extended, box, box)
+        results = [jax.lax.dynamic_update_slice(x, p, begins[: x.ndim]) for x, p in zip(results, pieces)]
+    for sharded in axes:
+        results = [sharded.clear_padding(x) for x in results]
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 def _hiding_pays(plans: Sequence[AxisPlan], flops: int, itemsize: int) -> bool:
@@ -145,65 +141,6 @@ def _hiding_pays(plans: Sequence[AxisPlan], flops: int, itemsize: int) -> bool:
     """
     queries = halo.attended(plans, split=True) - halo.attended(plans, split=False)
     return queries * flops <= FLOPS_PER_BYTE * halo.received(plans) * itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class _ShardedAxis:
-    """Moves a sharded array axis between shard, shard with halo, and slab.
-
-    Attributes:
-      axis: number of the array axis.
-      name: of the mesh axis, or a tuple of names.
-      length: of the whole axis.
-      plan: of the exchange.
-    """
-
-    axis: int
-    name: Names
-    length: int
-    plan: AxisPlan
-
-    def extend(self, x: jax.Array) -> jax.Array:
-        """The shard with its halo; zeros beyond the borders of the grid."""
-        plan = self.plan
-        before = self._received(x, plan.left, from_left=True)
-        return jnp.concatenate([*before, x, *self._received(x, plan.right, from_left=False)], self.axis)
-
-    def cut(self, x: jax.Array, starts: Sequence[int], size: int) -> jax.Array:
-        """``x[start : start + size]`` with every device's own start, and zeros where that runs past either end."""
-        length = x.shape[self.axis]
-        before, after = max(0, -min(starts)), max(0, max(starts) + size - length)
-        padding = [(0, 0)] * x.ndim
-        padding[self.axis] = (before, after)
-        padded = jnp.pad(x, padding) if before or after else x
-        if len(set(starts)) == 1:
-            return jax.lax.slice_in_dim(padded, before + starts[0], before + starts[0] + size, axis=self.axis)
-        start = jnp.asarray(starts, jnp.int32)[jax.lax.axis_index(self.name)]
-        return jax.lax.dynamic_slice_in_dim(padded, before + start, size, self.axis)
-
-    def clear_padding(self, x: jax.Array) -> jax.Array:
-        """The shard with zeros at positions past the end of the grid."""
-        if self.length == len(self.plan.whole.offsets) * self.plan.shard:
-            return x
-        position = jax.lax.axis_index(self.name) * self.plan.shard + jnp.arange(self.plan.shard)
-        shape = [1] * x.ndim
-        shape[self.axis] = self.plan.shard
-        return jnp.where((position < self.length).reshape(shape), x, jnp.zeros((), x.dtype))
-
-    def _received(self, x: jax.Array, width: int, *, from_left: bool) -> list[jax.Array]:
-        """The ``width`` positions next to the shard, in order; zeros past the border of the grid."""
-        devices, shard = len(self.plan.whole.offsets), self.plan.shard
-        parts = []
-        for hop in range(1, -(-width // shard) + 1):
-            count = min(shard, width - (hop - 1) * shard)
-            if from_left:
-                part = jax.lax.slice_in_dim(x, shard - count, shard, axis=self.axis)
-                pairs = [(p, p + hop) for p in range(devices - hop)]
-            else:
-                part = jax.lax.slice_in_dim(x, 0, count, axis=self.axis)
-                pairs = [(p + hop, p) for p in range(devices - hop)]
-            parts.append(jax.lax.ppermute(part, self.name, pairs))
-        return parts[::-1] if from_left else parts
 
 
 def sharded_attention(

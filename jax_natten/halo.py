@@ -69,27 +69,27 @@ def received(plans: Sequence[AxisPlan]) -> int:
 Box = tuple[Part, ...]
 
 
-def cover(plans: Sequence[AxisPlan], split: bool) -> tuple[Box, list[list[Box]]]:
+def cover(plans: Sequence[AxisPlan], split: bool) -> tuple[Box, list[Box]]:
     """Boxes of queries that hold every query of a shard once, each given by its part of every axis.
 
     Returns:
-      The interior, and for every axis the boxes before and after it: these take the interior of the axes before and the
-      whole of the axes after that axis. Without ``split``, or if an axis has no interior, one box and no others.
+      The interior and the boxes of the border: those before and after the interior of one axis span the interior of the
+      axes before and the whole of the axes after that axis. Without ``split``, or if an axis has no interior, one box
+      and no others.
     """
     whole = tuple(plan.whole for plan in plans)
     interior = tuple(plan.interior for plan in plans if plan.interior is not None)
     if not split or len(interior) < len(plans):
-        return whole, [[] for _ in plans]
-    borders = [
-        [(*interior[:axis], part, *whole[axis + 1 :]) for part in plan.border] for axis, plan in enumerate(plans)
+        return whole, []
+    return interior, [
+        (*interior[:axis], part, *whole[axis + 1 :]) for axis, plan in enumerate(plans) for part in plan.border
     ]
-    return interior, borders
 
 
 def attended(plans: Sequence[AxisPlan], split: bool) -> int:
     """Queries that a device computes: the positions of all slabs."""
     first, borders = cover(plans, split)
-    return sum(math.prod(part.size for part in box) for box in (first, *(box for boxes in borders for box in boxes)))
+    return sum(math.prod(part.size for part in box) for box in (first, *borders))
 
 
 @functools.cache
