@@ -31,10 +31,10 @@ from jax_natten.neighborhood import Neighborhood
 
 __all__ = ["neighborhood_attention", "plan_axis", "sharded_attention"]
 
-# Splitting off the interior hides the exchange but computes more queries twice. It pays while the additional work takes
-# less time than the exchange. This many operations of attention take as long as receiving a byte: between 170 (small
-# windows) and 1500 (large ones) on an H200 that receives 350 GB/s over NVLink, more where the network is slower.
-FLOPS_PER_BYTE = 1000
+# Splitting off the interior hides the exchange but computes more queries of the border in vain. It pays while that takes
+# less time than the exchange. This many operations of attention take as long as receiving a byte: small windows reach 58
+# to 175 TFLOP/s on an H200, NVLink about 350 GB/s, which makes 170 to 500. Slower networks allow more.
+FLOPS_PER_BYTE = 300
 
 
 def neighborhood_attention(
@@ -64,8 +64,8 @@ def neighborhood_attention(
       grid: lengths of the whole grid. By default the local lengths times the number of shards; a smaller one says that
         the last shards end in padding, which is never read and whose outputs are zero.
       overlap: whether the interior is attended while the halo travels. It costs additional work at the border, so that
-        None does it only where that takes less time than the exchange on a fast network: for small windows. Where a
-        shard has no interior, nothing overlaps.
+        None does it only where that takes less time than the exchange over NVLink, which is for small windows; True
+        also helps larger ones on slower networks. Where a shard has no interior, nothing overlaps.
       return_lse: whether to return the log-sum-exp as well; padding has zero there.
       **kwargs: scale, additional keys and values (whole on every device), rpb, implementation.
 

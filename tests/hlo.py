@@ -14,6 +14,7 @@ _INSTRUCTION = re.compile(
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
 _BITS = re.compile(r"\d+")
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?\})\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,22 @@ class Program:
                 return True
         return False
 
-    def moved_bytes(self, opcode: str = "collective-permute") -> int:
-        """Bytes that a device receives by collectives of one kind, if it has a sender in each of them."""
-        return sum(i.bytes for i in self.every if i.opcode == opcode)
+    def received_bytes(self) -> int:
+        """Bytes that a device receives by collective-permutes: of the devices the one that receives most."""
+        received: dict[int, int] = {}
+        for instruction in self.every:
+            if instruction.opcode == "collective-permute":
+                pairs = _PAIRS.search(instruction.attributes)[1]
+                for target in re.findall(r"\{\d+,(\d+)\}", pairs):
+                    received[int(target)] = received.get(int(target), 0) + instruction.bytes
+        return max(received.values(), default=0)
 
 
 def halo_bytes(shard, grid, window, channels: int, itemsize: int) -> int:
-    """The theoretical halo: bytes of the keys and values that some query of the shard in the middle sees beyond it.
+    """The theoretical halo: bytes of the keys and values that the queries of a shard see beyond it.
 
-    Straight from the definition of the windows, axis by axis: a box of positions less the shard itself.
+    Straight from the definition of the windows: of every shard the box of positions that its queries see, less its own;
+    of all shards the largest.
 
     Args:
       shard: positions of a shard per axis.
@@ -98,12 +106,12 @@ def halo_bytes(shard, grid, window, channels: int, itemsize: int) -> int:
       channels: of keys and values together, all heads.
       itemsize: bytes per channel.
     """
-    box = []
+    boxes = []
     for length, axis in zip(shard, window.axes(grid)):
         seen = axis.mask()
-        begins = range(0, axis.length, length)
-        keys = [np.flatnonzero(seen[b : b + length].any(0)) for b in begins]
-        before = max(b - k[0] for b, k in zip(begins, keys))
-        after = max(k[-1] + 1 - (b + length) for b, k in zip(begins, keys))
-        box.append(length + max(before, 0) + max(after, 0))
-    return (math.prod(box) - math.prod(shard)) * channels * itemsize
+        lengths = []
+        for begin in range(0, axis.length, length):
+            (keys,) = np.nonzero(seen[begin : begin + length].any(0))
+            lengths.append(max(keys[-1] + 1, begin + length) - min(keys[0], begin))
+        boxes.append(max(lengths))
+    return (math.prod(map(int, boxes)) - math.prod(shard)) * channels * itemsize

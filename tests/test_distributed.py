@@ -314,7 +314,7 @@ def test_only_the_halo_travels(causal, halos):
 
     x = _abstract(8, 128)
     program = Program(jax.jit(lambda ct, *x: jax.vjp(forward, *x)[1](ct)).lower(x, x, x, x).compile().as_text())
-    assert program.moved_bytes() == 2 * halo_bytes((128,), (1024,), window, channels=2 * 2 * 4, itemsize=4)
+    assert program.received_bytes() == 2 * halo_bytes((128,), (1024,), window, channels=2 * 2 * 4, itemsize=4)
     assert not {i.opcode for i in program.every} & {"all-gather", "all-to-all", "all-reduce"}
 
 
