@@ -211,6 +211,28 @@ def test_border_and_interior_equal_one_device(name):
     check(case)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_heads_and_batch_are_sharded_too(kind):
+    """Grouped heads, bias and additional keys with the heads; of two batch axes the first; the grid over two axes."""
+    devices = jax.make_mesh((2, 1, 2, 2), ("b", "x", "y", "h"), axis_types=(kind,) * 4)
+    attention = distributed.sharded_attention(devices, batch="b", grid=(("x", "y"),), heads="h", overlap=True)
+    rng, window = generator("heads"), ((5,), (1,), (1,), (False,))
+    shapes = {name: (2, 3, 12, heads, 2) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    shapes |= {"additional_keys": (2, 3, 1, 2, 2), "additional_values": (2, 3, 1, 2, 2), "rpb": (4, 9)}
+    operands = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+    def gradients(function, operands):
+        def loss(x):
+            return sum(jnp.sin(r).sum() for r in _call(function, x, window))
+
+        return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_COMPILE)(operands)
+
+    grid, extra = P("b", None, ("x", "y"), "h"), P("b", None, None, "h")
+    specs = {"rpb": P("h"), "additional_keys": extra, "additional_values": extra}
+    placed = {name: jax.device_put(x, NamedSharding(devices, specs.get(name, grid))) for name, x in operands.items()}
+    _assert_equal(gradients(attention, placed), gradients(jax_natten.neighborhood_attention, operands))
+
+
 def test_second_derivatives():
     """Forward over reverse and reverse over reverse, through interior and border."""
     case = dataclasses.replace(SPLIT["wide"], mesh=(2,), problem=((13, 3, 2, 1, False),), additional=0)
