@@ -54,3 +54,8 @@ def test_hopper_kernels(environment):
     """Through JAX and the choice of tiles; test_emulator.py runs them on more problems."""
     chosen = "tiles_that or two_heads or scale or poison or empty or (every_head_dim and bfloat16 and (64 or 136))"
     run(environment, "tests/gpu/test_sm90.py", "-k", f"({chosen}) and not two_to_the_31")
+
+
+def test_sm80_kernels(environment):
+    chosen = "everything or (every_head_dim and (8- or 24- or 80- or 96- or 256-)) or scale or bits or empty or limits"
+    run(environment, "tests/gpu/test_sm80.py", "-k", chosen)
