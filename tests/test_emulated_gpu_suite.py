@@ -46,7 +46,7 @@ def run(environment, *arguments):
 
 
 def test_direct_kernels(environment):
-    chosen = "everything or (any_head_dim and not 1000 and not 512 and not 256) or scale or nothing or empty or default"
+    chosen = "everything or (any_head_dim and not 1000 and not 512 and not 256) or scale_is or nothing or empty or default"
     run(environment, "tests/gpu/test_naive.py", "-k", f"({chosen}) and not two_to_the_31")
 
 
@@ -57,5 +57,5 @@ def test_hopper_kernels(environment):
 
 
 def test_sm80_kernels(environment):
-    chosen = "everything or (every_head_dim and (8- or 24- or 80- or 96- or 256-)) or scale or bits or empty or limits"
+    chosen = "everything or (every_head_dim and ([8- or [24- or [80- or [96- or [256-)) or scale_is or bits or empty or limits"
     run(environment, "tests/gpu/test_sm80.py", "-k", chosen)
