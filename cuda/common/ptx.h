@@ -172,6 +172,11 @@ __device__ __forceinline__ uint4 load_vector(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_vector(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
@@ -238,8 +243,8 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
 
 template <>
 __device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  uint32_t product;  // mul needs sm_90; -0 is what changes no product by being added
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
   return product;
 }
 

@@ -9,7 +9,7 @@
 namespace jax_natten::sm90 {
 namespace {
 
-constexpr int kSharedBytes = 227 * 1024, kSharedBytesOfProcessor = 228 * 1024, kReservedBytes = 1024;
+constexpr int kSharedBytesOfProcessor = 228 * 1024, kReservedBytes = 1024;
 
 int64_t count_query_tiles(const FusedShape& shape, const TileSchedule& schedule) {
   int64_t tiles = shape.batch * schedule.by_heads.divisor;
@@ -20,6 +20,30 @@ int64_t count_query_tiles(const FusedShape& shape, const TileSchedule& schedule)
 int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace
+
+std::array<int64_t, kPlanFields> encode_plan(const Plan& plan) {
+  const int *q = plan.query_tile, *p = plan.query_part, *k = plan.key_tile;
+  return {int(plan.structure), q[0],       q[1],       q[2], p[0], p[1], p[2], k[0], k[1], k[2],
+          plan.heads,          plan.slots, plan.stages};
+}
+
+const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
+  if (count != kPlanFields) return "tiles must have 13 numbers";
+  if (fields[0] != int(Structure::kWide) && fields[0] != int(Structure::kWarp)) return "tiles have no such structure";
+  for (size_t n = 1; n < count; ++n) {
+    if (fields[n] < 1 || fields[n] > 4096) return "tiles must hold numbers from 1 to 4096";
+  }
+  plan.structure = Structure(fields[0]);
+  for (int a = 0; a < kMaxRank; ++a) {
+    plan.query_tile[a] = int(fields[1 + a]);
+    plan.query_part[a] = int(fields[4 + a]);
+    plan.key_tile[a] = int(fields[7 + a]);
+  }
+  plan.heads = int(fields[10]);
+  plan.slots = int(fields[11]);
+  plan.stages = int(fields[12]);
+  return nullptr;
+}
 
 TileSchedule make_schedule(const FusedShape& shape, const Plan& plan) {
   TileSchedule schedule;
@@ -37,8 +61,13 @@ const char* why_not_any(const FusedShape& shape) {
   if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";
   if (shape.dim > 256) return "takes head dimensions up to 256";
   if (shape.dim % 8 != 0) return "needs a head dimension that is a multiple of 8";
-  if (shape.additional > 0) return "does not take additional keys yet";
-  if (shape.has_bias()) return "does not take a relative position bias yet";
+  if (shape.batch * shape.additional * shape.kv_heads > INT32_MAX) return "takes up to 2^31 - 1 additional keys";
+  if (shape.has_bias()) {
+    for (const Axis& axis : shape.neighborhood.axes) {
+      if (axis.causal) return "takes no relative position bias on causal axes";
+    }
+    if (shape.neighborhood.bias_size() > INT32_MAX) return "takes bias tables of up to 2^31 - 1 entries per head";
+  }
   if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
     return "takes up to 2^31 - 1 pairs of a query and a head";
   }
@@ -103,7 +132,7 @@ WarpLayout make_warp_layout(const FusedShape& shape, const Plan& plan) {
   layout.keys = plan.slots * layout.query_bytes;
   layout.staging = layout.keys + plan.stages * 2 * layout.key_bytes;
   layout.tables = layout.staging + count_warps(plan) * kWarpRows * 2 * dim;
-  layout.bytes = layout.tables + kWarpTableBytes;
+  layout.bytes = layout.tables + kWarpTableBytes + (is_extended(shape) ? kWarpExtensionBytes : 0);
   return layout;
 }
 
@@ -117,8 +146,8 @@ int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan) {
 const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   if (const char* reason = why_not_any(shape)) return reason;
   if (shape.dim > 64) return "takes head dimensions up to 64";
-  if (plan.heads > 1 && shape.dim != 32) return "boxes of two heads need a head dimension of 32";
   if (const char* reason = why_not_tiles(shape, plan)) return reason;
+  if (plan.heads > 1 && shape.dim != 32) return "boxes of two heads need a head dimension of 32";
   if (product(plan.key_tile) > kSharedBytes / 128) return "boxes do not fit into shared memory";
   if (product(plan.query_part) > kWarpRows) return "a warp has at most 16 queries";
   if (32 * (count_warps(plan) + 1) > warp_most_threads(warp_compiled_dim(shape.dim)))

@@ -2,6 +2,8 @@
 // take. Plain host code without CUDA, so that any machine can ask: the chooser, the simulator, JAX while it traces.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "../common/params.h"
@@ -9,8 +11,8 @@
 
 namespace jax_natten::sm90 {
 
-// Kernels for large windows (wide_forward.cuh) and small ones (warp_forward.cuh).
-enum class Structure { kWide, kWarp };
+// Kernels for large windows (wide_forward.cuh) and small ones (warp_forward.cuh). The numbers are a wire format.
+enum class Structure { kWide = 0, kWarp = 1 };
 
 struct Plan {
   Structure structure = Structure::kWide;
@@ -21,7 +23,17 @@ struct Plan {
   int slots = 2, stages = 2;             // kWarp: of the rings of queries and of keys
 };
 
+// A plan as custom calls carry it: structure, query_tile, query_part, key_tile, heads, slots, stages. A wire format.
+constexpr int kPlanFields = 13;
+std::array<int64_t, kPlanFields> encode_plan(const Plan& plan);
+
+// Why `fields` are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is for why_not().
+const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
+
 inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
+
+// Whether a problem needs the kernels' extended variants.
+inline bool is_extended(const FusedShape& shape) { return shape.additional > 0 || shape.has_bias(); }
 
 // Whether there is nothing to compute.
 bool is_empty(const FusedShape& shape);

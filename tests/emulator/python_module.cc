@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/ffi/handlers.h"
+#include "cuda/ffi/tile_functions.h"
 #include "emulator.h"
 
 namespace emulator {
@@ -119,4 +120,5 @@ PYBIND11_MODULE(_emulated, m) {
         emulator::configure(settings);
       },
       pybind11::arg("seed"), pybind11::arg("major") = 9, pybind11::arg("minor") = 0);
+  jax_natten::add_tile_functions(m);
 }
