@@ -32,6 +32,7 @@ def attention(
     record: Callable[[jax.Array], object] | None = None,
     implementation: str | Sequence[str] | None = None,
     precision: str | jax.lax.Precision | None = None,
+    attention: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Neighborhood attention, with dropout on the attention weights if asked for.
 
@@ -48,14 +49,24 @@ def attention(
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       record: called with the attention weights before dropout, ``[*batch, *grid, num_heads, prod(kernel_size)]``.
       implementation, precision: as in :func:`jax_natten.neighborhood_attention`.
+      attention: called in the place of :func:`jax_natten.neighborhood_attention`.
 
     Returns:
       ``[*batch, *grid, num_heads, value_dim]``.
+
+    Raises:
+      NotImplementedError: the attention weights are needed, and the attention is the caller's.
     """
     kernels: dict[str, Any] = {"implementation": implementation, "precision": precision}
     windows = (neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal)
     if dropout_rate == 0.0 and record is None:
-        return jax_natten.neighborhood_attention(query, key, value, *windows, scale=scale, rpb=rpb, **kernels)
+        attention = attention or jax_natten.neighborhood_attention
+        return attention(query, key, value, *windows, scale=scale, rpb=rpb, **kernels)
+    if attention is not None:
+        raise NotImplementedError(
+            "dropout on the attention weights and recording them take the unfused operations: not with an attention of "
+            f"the caller's; got {attention}"
+        )
     if dropout_rate and dropout_rng is None:
         raise ValueError("dropout on the attention weights needs a random key; got dropout_rng=None")
 

@@ -20,10 +20,10 @@ BOTH = pytest.mark.parametrize("implementation", ["cpu", "xla"])
 
 needs_cpu = pytest.mark.skipif(native.cpu is None, reason="the CPU extension is not built")
 
-# Compiles gradients for one device and for two by shard_map, and prints how often the cache had a program.
+# Compiles gradients for one device, for several by shard_map and for several by jit; prints hits and misses of each.
 CACHED_PROGRAM = """
 import sys, jax, jax.numpy as jnp, jax_natten
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
@@ -32,32 +32,39 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 x = jnp.ones((2, 9, 2, 4))
 def attend(x):
     return jax_natten.na1d(x, x, x, 3) + jax_natten.na1d_av(jax_natten.na1d_qk(x, x, 3), x, 3)
-mesh = jax.sharding.Mesh(jax.devices()[:2], ("b",))
-for f in (attend, jax.shard_map(attend, mesh=mesh, in_specs=P("b"), out_specs=P("b"))):
+mesh = Mesh(jax.devices()[:2], ("b",))
+for f, x in (
+    (attend, x),
+    (jax.shard_map(attend, mesh=mesh, in_specs=P("b"), out_specs=P("b")), x),
+    (attend, jax.device_put(x, NamedSharding(mesh, P("b")))),
+):
+    events.clear()
     jax.jit(jax.grad(lambda x: (f(x) ** 2).sum())).lower(x).compile()
-print(*(sum(e == f"/jax/compilation_cache/{name}" for e in events) for name in ("cache_hits", "cache_misses")))
+    print(*(sum(e == f"/jax/compilation_cache/{name}" for e in events) for name in ("cache_hits", "cache_misses")))
 """
 
 
-def check_persistent_cache(folder) -> None:
-    """A second process compiles nothing."""
+def check_persistent_cache(folder, devices: int) -> None:
+    """A second process compiles nothing but what ``jit`` partitions over several devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 
     def counts():
         command = [sys.executable, "-P", "-c", CACHED_PROGRAM, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
-        return tuple(map(int, done.stdout.split()))
+        return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
 
-    first_hits, first_misses = counts()
-    hits, misses = counts()
-    assert first_hits == 0 and first_misses >= 2
-    assert (hits, misses) == (first_misses, 0)
+    first, second = counts(), counts()
+    assert all(hits == 0 for hits, _ in first)
+    alone, by_shard_map, by_jit = second
+    assert alone == by_shard_map == (1, 0)
+    if devices > 1:
+        assert by_jit == (0, 1), "JAX now caches these, too: say so in docs/transformations.md"
 
 
 @needs_cpu
 def test_the_persistent_cache_serves_another_process(tmp_path):
-    check_persistent_cache(tmp_path)
+    check_persistent_cache(tmp_path, devices=2)
 
 
 @pytest.mark.parametrize("name", ["fused", "qk", "av"])
@@ -143,7 +150,7 @@ def test_checkpoint_policies_know_the_residuals():
         close(jax.jit(jax.grad(f))(operands), expected)
 
 
-@pytest.mark.parametrize("name", ["fused", "lse", "qk", "av"])
+@pytest.mark.parametrize("name", ["fused", "qk", "av"])
 @BOTH
 def test_debug_nans_finds_a_nan_and_nothing_else(name, implementation):
     """Masked pairs have scores of minus infinity; no NaN of ours may raise a false alarm, jitted or not."""
@@ -154,7 +161,7 @@ def test_debug_nans_finds_a_nan_and_nothing_else(name, implementation):
 
     def run(x):
         result, pullback = jax.vjp(f, x)
-        return result, pullback(jnp.ones_like(result))
+        return result, pullback(jax.tree.map(jnp.ones_like, result))
 
     with jax.debug_nans(True):
         jit(run, implementation)(operands)

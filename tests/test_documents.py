@@ -6,8 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-from functions import FUNCTIONS
-
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "transformations.md"
 TEXT = PAGE.read_text()
@@ -32,7 +30,7 @@ def test_every_link_leads_to_a_test():
 def test_every_cell_has_a_link_or_a_reason():
     used = set()
     for _, *cells in ROWS:
-        assert len(cells) in (len(FUNCTIONS), len(FUNCTIONS) - 1)
+        assert len(cells) in (4, 5)  # the last function has no implementations
         for cell in cells:
             label = re.fullmatch(r"\[[^]]+\]\[([\w-]+)\]", cell)
             if label:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from checks import generator, jit
 from functions import ARTEFACTS, FUNCTIONS, TINY, check_artefact, close, shapes, with_gradients
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_natten
 from jax_natten import native
@@ -98,10 +100,35 @@ def test_grid_sizes_may_be_unknown_where_kernels_run():
         rng = generator("grid", grid)
         x = [rng.standard_normal(s.shape).astype(np.float32) for s in operands(*grid)]
         close(exported.call(*x), jax.jit(run)(*x))
+    halves = [jax.ShapeDtypeStruct((1, height, width, 2, 64), jnp.bfloat16)] * 3
+    named = lambda *x: jax_natten.na2d(*x, (3, 4), implementation=("sm90", "naive"))  # noqa: E731
+    assert 'implementation = "naive"' in export(named, *halves, platforms=("cuda",)).mlir_module()
     with pytest.raises(NotImplementedError, match="constant grid"):
         export(run, *operands(height, width), platforms=("tpu",))
     with pytest.raises(ValueError, match=r"\(6, 4\)"):
         export(run, *operands(*jax.export.symbolic_shape("h, w")), platforms=("cpu",))
+
+
+@needs_cpu
+@pytest.mark.skipif(len(jax.devices("cpu")) < 2, reason="needs two CPU devices (XLA_FLAGS, see conftest.py)")
+def test_programs_for_several_devices_are_exported_under_shard_map():
+    mesh = Mesh(jax.devices("cpu")[:2], ("b",))
+    sharding = NamedSharding(mesh, P("b"))
+    x = jax.device_put(generator("devices").standard_normal((2, 9, 2, 4)).astype(np.float32), sharding)
+
+    def attend(x):
+        return jax_natten.na1d(x, x, x, 3)
+
+    def written(function):
+        jitted = jax.jit(function, in_shardings=sharding)
+        checks = jax_natten.EXPORT_DISABLED_CHECKS
+        return jax.export.export(jitted, disabled_checks=checks)(x).serialize(vjp_order=1)
+
+    local = jax.shard_map(attend, mesh=mesh, in_specs=P("b"), out_specs=P("b"))
+    close(jax.jit(jax.export.deserialize(written(local)).call)(x), attend(x))
+    # What the partitioner asks Python for cannot be written down.
+    with pytest.raises(NotImplementedError, match="host_callbacks"):
+        written(attend)
 
 
 def test_there_are_artefacts():

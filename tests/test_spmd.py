@@ -49,7 +49,7 @@ def gathers(compiled) -> list[str]:
 
 def results_like(name, spec, operand_specs, with_operands=True):
     """Shardings of a function's result, and of the gradients of its operands."""
-    result = (spec, spec) if name == "merge" else spec
+    result = spec if name in ("qk", "av") else (spec, spec)
     return (result, operand_specs) if with_operands else result
 
 

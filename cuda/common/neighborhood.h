@@ -66,18 +66,26 @@ JAX_NATTEN_HD Interval window_of_query(const Axis& axis, int i, int length) {
   return window_of_block(axis, i / axis.stride * axis.stride, i, length);
 }
 
-// Queries that see the key at in-group index j: the inverse window, one interval. Never empty.
-JAX_NATTEN_HD Interval queries_of_key(const Axis& axis, int j, int length) {
+// Queries that see the key at in-group index j: the inverse window, one interval. Never empty. `to_block` rounds down
+// to a multiple of the stride.
+template <typename ToBlock>
+JAX_NATTEN_HD Interval queries_of_key(const Axis& axis, int j, int length, ToBlock to_block) {
   const int K = axis.window, s = axis.stride;
-  if (axis.causal) {
-    const int blocks = (j + K) / s + (j + K >= length ? 1 : 0);
-    return {j, imin(blocks * s, length)};
-  }
+  if (axis.causal) return {j, imin(to_block(j + K) + (j + K >= length ? s : 0), length)};
   const int offset = s - s / 2 - 1;
   const int left = K / 2, right = K / 2 + K % 2 - 1;
-  const int begin = j >= K ? (j - right + offset) / s * s : 0;
-  const int end = j >= length - K ? length : imin((j + left + offset + 1) / s * s, length);
+  const int begin = j >= K ? to_block(j - right + offset) : 0;
+  const int end = j >= length - K ? length : imin(to_block(j + left + offset + 1), length);
   return {begin, end};
+}
+
+struct ToBlockByDivision {
+  int stride;
+  JAX_NATTEN_HD int operator()(int x) const { return x / stride * stride; }
+};
+
+JAX_NATTEN_HD Interval queries_of_key(const Axis& axis, int j, int length) {
+  return queries_of_key(axis, j, length, ToBlockByDivision{axis.stride});
 }
 
 // A whole problem's windows. Problems of rank 1 and 2 are padded *in front* with axes of length 1 and window 1, so that

@@ -6,6 +6,10 @@
 // window begins and ends grow with the query; *key tiles* cover that box, anchored at its first corner, so that no key
 // before a window is ever loaded. A key tile is skipped by a part, or computed whole, or computed under a mask.
 //
+// The second pass of the backward walks the other way: tiles of keys stay, and tiles of the queries that see them are
+// loaded. It uses the same code with Walk::kQueriesOfKeys, and only has to read key for query and query for key in
+// every name below.
+//
 // Axis 2 is the innermost one. Problems of lower rank use only the last kRank axes; the others have length 1.
 #pragma once
 
@@ -47,13 +51,24 @@ JAX_NATTEN_HD Interval plain_window(const TiledAxis& axis, int i, int length) {
   return {begin, begin + axis.window};
 }
 
+enum class Walk { kKeysOfQueries, kQueriesOfKeys };
+
+// Keys that the query i sees, or queries that see the key i.
+template <Walk kWalk = Walk::kKeysOfQueries>
+JAX_NATTEN_HD Interval partners(const TiledAxis& axis, int i, int length) {
+  if (kWalk == Walk::kKeysOfQueries) return window(axis, i, length);
+  return queries_of_key(axis, i, length,
+                        [&axis](int x) { return axis.stride == 1 ? x : axis.by_stride.quotient(x) * axis.stride; });
+}
+
 // Keys that some query of first..last sees, and keys that all of them see (possibly none: end <= begin).
 struct Span {
   Interval any, all;
 };
 
+template <Walk kWalk = Walk::kKeysOfQueries>
 JAX_NATTEN_HD Span span_of_queries(const TiledAxis& axis, int first, int last, int length) {
-  const Interval low = window(axis, first, length), high = window(axis, last, length);
+  const Interval low = partners<kWalk>(axis, first, length), high = partners<kWalk>(axis, last, length);
   return {{low.begin, high.end}, {high.begin, low.end}};
 }
 
@@ -78,7 +93,7 @@ struct QueryTile {
   JAX_NATTEN_HD bool empty() const { return extent[0] == 0 || extent[1] == 0 || extent[2] == 0; }
 };
 
-template <int kRank>
+template <int kRank, Walk kWalk = Walk::kKeysOfQueries>
 JAX_NATTEN_HD QueryTile decode_query_tile(const TileSchedule& schedule, int index) {
   QueryTile tile;
   int rest = index;
@@ -108,7 +123,7 @@ JAX_NATTEN_HD QueryTile decode_query_tile(const TileSchedule& schedule, int inde
     tile.length[a] = length;
     tile.extent[a] = 0;
     if (first > last) continue;
-    const Interval keys = span_of_queries(axis, first, last, length).any;
+    const Interval keys = span_of_queries<kWalk>(axis, first, last, length).any;
     tile.key[a] = keys.begin;
     tile.extent[a] = keys.end - keys.begin;
   }
@@ -145,7 +160,7 @@ JAX_NATTEN_HD void query_part_offset(const TiledAxis* axes, int part, int (&offs
 enum class TileClass { kSkip, kWhole, kMasked };
 
 // One part of a query tile: where its queries begin, and which keys they see relative to QueryTile::key.
-template <int kRank>
+template <int kRank, Walk kWalk = Walk::kKeysOfQueries>
 struct QueryPart {
   int query[kMaxRank];
   Span span[kMaxRank];
@@ -161,7 +176,7 @@ struct QueryPart {
       query[a] = tile.query[a] + offset[a];
       const int last = imin(query[a] + axes[a].query_part, tile.length[a]) - 1;
       live = live && query[a] <= last;
-      const Span s = span_of_queries(axes[a], imin(query[a], tile.length[a] - 1), last, tile.length[a]);
+      const Span s = span_of_queries<kWalk>(axes[a], imin(query[a], tile.length[a] - 1), last, tile.length[a]);
       span[a] = {{s.any.begin - tile.key[a], s.any.end - tile.key[a]},
                  {s.all.begin - tile.key[a], s.all.end - tile.key[a]}};
     }

@@ -7,6 +7,7 @@
 
 #include "../common/key_mask.h"
 #include "../common/tiling.h"
+#include "extension.h"
 #include "tensor_map.h"
 
 namespace jax_natten::sm90 {
@@ -28,11 +29,12 @@ struct ForwardParams {
   float* lse;                 // [batch, X, heads]
   int dim;
   int row_step[kMaxRank];  // rows of out and lse between neighboring in-group positions of an axis
-  float scale;             // > 0, in powers of two
+  float scale;             // of the softmax: > 0, in powers of two
   uint32_t query_factor;   // pair of T that queries are multiplied with first. Carries the sign of the scale.
   bool has_query_factor;
   KeyMaskLayout mask_layout;
   uint32_t mask_table[kMaxKeyMaskWords];
+  KeyExtension extension;  // for the extended variants only
 };
 
 template <int kRank>

@@ -14,6 +14,11 @@ namespace jax_natten::sm90 {
 cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, int channels, bool query_box_is_part,
                            ForwardParams& params);
 
+// What the extended variants need besides. `box`: additional keys that are loaded together, no more than keys of a key
+// tile. After set_up_forward().
+cudaError_t set_up_extension(const FusedForwardParams& problem, const Plan& plan, int channels, int box,
+                             ForwardParams& params);
+
 // The current device: its number and its multiprocessors.
 cudaError_t current_device(int& device, int& processors);
 

@@ -61,8 +61,13 @@ const char* why_not_any(const FusedShape& shape) {
   if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";
   if (shape.dim > 256) return "takes head dimensions up to 256";
   if (shape.dim % 8 != 0) return "needs a head dimension that is a multiple of 8";
-  if (shape.additional > 0) return "does not take additional keys yet";
-  if (shape.has_bias()) return "does not take a relative position bias yet";
+  if (shape.batch * shape.additional * shape.kv_heads > INT32_MAX) return "takes up to 2^31 - 1 additional keys";
+  if (shape.has_bias()) {
+    for (const Axis& axis : shape.neighborhood.axes) {
+      if (axis.causal) return "takes no relative position bias on causal axes";
+    }
+    if (shape.neighborhood.bias_size() > INT32_MAX) return "takes bias tables of up to 2^31 - 1 entries per head";
+  }
   if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
     return "takes up to 2^31 - 1 pairs of a query and a head";
   }
@@ -127,7 +132,7 @@ WarpLayout make_warp_layout(const FusedShape& shape, const Plan& plan) {
   layout.keys = plan.slots * layout.query_bytes;
   layout.staging = layout.keys + plan.stages * 2 * layout.key_bytes;
   layout.tables = layout.staging + count_warps(plan) * kWarpRows * 2 * dim;
-  layout.bytes = layout.tables + kWarpTableBytes;
+  layout.bytes = layout.tables + kWarpTableBytes + (is_extended(shape) ? kWarpExtensionBytes : 0);
   return layout;
 }
 

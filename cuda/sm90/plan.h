@@ -32,6 +32,9 @@ const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
 
 inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
 
+// Whether a problem needs the kernels' extended variants.
+inline bool is_extended(const FusedShape& shape) { return shape.additional > 0 || shape.has_bias(); }
+
 // Whether there is nothing to compute.
 bool is_empty(const FusedShape& shape);
 

@@ -30,8 +30,14 @@ cudaError_t launch_warp(const FusedForwardParams& problem, const Plan& plan, cud
   }
 
   const int compiled = warp_compiled_list(product(list)), rank = problem.neighborhood.rank;
-  const void* kernel = reinterpret_cast<const void*>(dim == 32 ? warp_d32(problem.dtype, compiled, plan.heads, rank)
-                                                               : warp_d64(problem.dtype, compiled, rank));
+  const bool extended = is_extended(problem);
+  if (extended) {
+    error = set_up_extension(problem, plan, row_bytes / 2, std::min(compiled, product(plan.key_tile)), params);
+    if (error != cudaSuccess) return error;
+  }
+  const void* kernel =
+      reinterpret_cast<const void*>(dim == 32 ? warp_d32(problem.dtype, compiled, plan.heads, rank, extended)
+                                              : warp_d64(problem.dtype, compiled, rank, extended));
   int device = 0, processors = 0;
   if (error = current_device(device, processors); error != cudaSuccess) return error;
   if (error = allow_shared_memory(kernel, device, params.layout.bytes); error != cudaSuccess) return error;

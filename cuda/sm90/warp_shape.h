@@ -10,6 +10,7 @@ constexpr int kWarpRows = 16;             // queries of a warp
 constexpr int kSharedBytes = 227 * 1024;  // that a CTA may have
 constexpr int kWarpMostStages = 4;        // of the query and the key rings
 constexpr int kWarpTableBytes = 4096;     // of shared memory, for WarpTables
+constexpr int kWarpExtensionBytes = 512;  // and, in extended variants, for WarpBiasOffsets
 constexpr int kWarpMostListed = 112;      // keys of a list, in whole groups of 16
 constexpr int kWarpMostKeys = 32767;      // that a query tile sees along an axis
 

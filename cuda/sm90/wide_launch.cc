@@ -8,20 +8,20 @@
 namespace jax_natten::sm90 {
 namespace {
 
-WideInstance find_instance(int dim, DType dtype, int rank) {
+WideInstance find_instance(int dim, DType dtype, int rank, bool extended) {
   switch (dim) {
     case 32:
-      return wide_d32(dtype, rank);
+      return wide_d32(dtype, rank, extended);
     case 64:
-      return wide_d64(dtype, rank);
+      return wide_d64(dtype, rank, extended);
     case 96:
-      return wide_d96(dtype, rank);
+      return wide_d96(dtype, rank, extended);
     case 128:
-      return wide_d128(dtype, rank);
+      return wide_d128(dtype, rank, extended);
     case 192:
-      return wide_d192(dtype, rank);
+      return wide_d192(dtype, rank, extended);
     default:
-      return wide_d256(dtype, rank);
+      return wide_d256(dtype, rank, extended);
   }
 }
 
@@ -38,8 +38,13 @@ cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cud
   params.mask_layout = KeyMaskLayout(plan.key_tile[0], plan.key_tile[1], plan.key_tile[2]);
   fill_key_mask(params.mask_layout, params.mask_table);
   params.padded = product(plan.key_tile) < compiled.keys;
+  const bool extended = is_extended(problem);
+  if (extended) {
+    error = set_up_extension(problem, plan, compiled.chunk, product(plan.key_tile), params);
+    if (error != cudaSuccess) return error;
+  }
 
-  const WideInstance instance = find_instance(compiled.dim, problem.dtype, problem.neighborhood.rank);
+  const WideInstance instance = find_instance(compiled.dim, problem.dtype, problem.neighborhood.rank, extended);
   const void* kernel = reinterpret_cast<const void*>(instance.kernel);
   int device = 0, processors = 0;
   if (error = current_device(device, processors); error != cudaSuccess) return error;

@@ -23,6 +23,7 @@ def attention_fn(
     grid: Sequence[int] | None = None,
     scale: float | None = None,
     implementation: str | Sequence[str] | None = None,
+    attention: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., jax.Array]:
     """Makes an ``attention_fn`` for Flax's own attention layers.
 
@@ -46,6 +47,8 @@ def attention_fn(
       grid: shape of the grid that the layer's ``length`` axis flattens; None if the layer is given the grid's own axes.
       scale: multiplies query-key products; by default ``head_dim ** -0.5`` as in Flax.
       implementation: as in :func:`jax_natten.neighborhood_attention`.
+      attention: takes the place of :func:`jax_natten.neighborhood_attention`, with its arguments: for example
+        :func:`jax_natten.distributed.sharded_attention` (context parallelism). Not with dropout or ``sow_weights``.
 
     Returns:
       A function with the signature of ``flax.linen.dot_product_attention``. It raises NotImplementedError if it is
@@ -117,6 +120,7 @@ def attention_fn(
             record=None if module is None else lambda weights: _sow(module, weights),
             implementation=names,
             precision=precision,
+            attention=attention,
         )
         return out.reshape(output_shape)
 

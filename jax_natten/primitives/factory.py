@@ -209,9 +209,10 @@ def _inner(operation: Operation) -> Primitive:
             folded_in, folded_out = (
                 [a.update(shape=folded_shape(a.shape, first)) for a in avals] for avals in (avals_in, avals_out)
             )
-            operands = _reshape(ctx, operands, avals_in, folded_in)
-            results = rule(ctx.replace(avals_in=folded_in, avals_out=folded_out), *operands, **params)
-            return _reshape(ctx, results, folded_out, avals_out)
+            with shim.local():
+                operands = _reshape(ctx, operands, avals_in, folded_in)
+                results = rule(ctx.replace(avals_in=folded_in, avals_out=folded_out), *operands, **params)
+                return _reshape(ctx, results, folded_out, avals_out)
 
         return lower
 

@@ -14,7 +14,11 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_natten.primitives import shim
 
 _BATCH = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -65,7 +69,7 @@ def partitioned(roles: Roles, call: Callable) -> Callable:
         def summed(axes, result):
             # A result without a batch axis of its own is a sum over the batch, of which each device holds a part.
             over = [name for role, names in kept.items() if role in _BATCH and role not in axes for name in names]
-            return jax.lax.psum(result, tuple(over)) if over else result
+            return _sum_p.bind(result, over=tuple(over)) if over else result
 
         return mesh, local, out_shardings, in_shardings
 
@@ -76,6 +80,17 @@ def partitioned(roles: Roles, call: Callable) -> Callable:
         return wrapped(*operands)
 
     return run
+
+
+def _lower_sum(ctx, x, *, over):
+    with shim.local():
+        return mlir.lower_fun(lambda x: jax.lax.psum(x, over), multiple_results=False)(ctx, x)
+
+
+# The sum over mesh axes of what every device holds.
+_sum_p = Primitive("natten_sum")
+_sum_p.def_abstract_eval(lambda x, *, over: x)
+mlir.register_lowering(_sum_p, _lower_sum)
 
 
 def _kept_mesh_axes(roles: Roles, mesh, operands, results) -> dict[str, tuple[str, ...]]:

@@ -65,6 +65,15 @@ def reshape(array, shape):
     return array.reshape(shape)
 
 
+def local():
+    """Context to lower what one device computes, whatever mesh is set.
+
+    Under an explicit mesh JAX annotates even the scalars that a reduction or a scatter adds with shardings, which XLA
+    refuses in a partitioned program.
+    """
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def align(*arrays):
     """Makes every operand vary over the union of their mesh axes.
 

@@ -46,10 +46,10 @@ int64_t position_of(const Case& c, const int* x) {
 }
 
 // Marks the pairs that one part computes in one key tile. Masks are asked for exactly where the kernels ask.
-template <int kRank>
+template <int kRank, Walk kWalk>
 void compute(const Case& c, const TileSchedule& schedule, const KeyMaskLayout& layout,
-             const std::vector<uint32_t>& table, const QueryTile& tile, const QueryPart<kRank>& part, const int* begin,
-             TileClass tile_class, std::vector<uint8_t>& visits, int64_t positions) {
+             const std::vector<uint32_t>& table, const QueryTile& tile, const QueryPart<kRank, kWalk>& part,
+             const int* begin, TileClass tile_class, std::vector<uint8_t>& visits, int64_t positions) {
   const TiledAxis* axes = schedule.axes;
   const int rows = c.query_part[0] * c.query_part[1] * c.query_part[2];
   const int keys = c.key_tile[0] * c.key_tile[1] * c.key_tile[2];
@@ -62,7 +62,7 @@ void compute(const Case& c, const TileSchedule& schedule, const KeyMaskLayout& l
     for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
       query[a] = part.query[a] + in_part[a];
       inside = inside && query[a] < tile.length[a];
-      const Interval w = window(axes[a], imin(query[a], tile.length[a] - 1), tile.length[a]);
+      const Interval w = partners<kWalk>(axes[a], imin(query[a], tile.length[a] - 1), tile.length[a]);
       windows[a] = {w.begin - tile.key[a], w.end - tile.key[a]};
     }
     if (!inside) continue;  // computed, never stored
@@ -88,7 +88,8 @@ void compute(const Case& c, const TileSchedule& schedule, const KeyMaskLayout& l
   }
 }
 
-template <int kRank>
+// With Walk::kQueriesOfKeys, what is called query here is a key of the problem, and the other way round.
+template <int kRank, Walk kWalk>
 void walk(const Case& c) {
   TileSchedule schedule;
   int64_t tiles = int64_t(c.heads) * c.batch;
@@ -108,20 +109,20 @@ void walk(const Case& c) {
   std::vector<std::vector<uint8_t>> visits(c.heads * c.batch, std::vector<uint8_t>(positions * positions));
   const int parts = schedule.axes[0].parts() * schedule.axes[1].parts() * schedule.axes[2].parts();
   for (int index = 0; index < schedule.tiles; ++index) {
-    const QueryTile tile = decode_query_tile<kRank>(schedule, index);
+    const QueryTile tile = decode_query_tile<kRank, kWalk>(schedule, index);
     if (tile.empty()) continue;
     if (tile.head >= c.heads || tile.batch >= c.batch) fail(c, "a head or batch element does not exist");
     for (int p = 0; p < parts; ++p) {
       int offset[kMaxRank];
       query_part_offset(schedule.axes, p, offset);
-      const QueryPart<kRank> part(schedule.axes, tile, offset);
+      const QueryPart<kRank, kWalk> part(schedule.axes, tile, offset);
       KeyTileCursor<kRank> cursor;
       const bool padded = c.key_tile[0] * c.key_tile[1] * c.key_tile[2] < c.columns;
       do {
         const TileClass tile_class = part.classify(schedule.axes, cursor.begin, padded);
         if (tile_class == TileClass::kSkip) continue;
-        compute<kRank>(c, schedule, layout, table, tile, part, cursor.begin, tile_class,
-                       visits[tile.batch * c.heads + tile.head], positions);
+        compute<kRank, kWalk>(c, schedule, layout, table, tile, part, cursor.begin, tile_class,
+                              visits[tile.batch * c.heads + tile.head], positions);
       } while (cursor.next(schedule.axes, tile.extent));
     }
   }
@@ -141,8 +142,9 @@ void walk(const Case& c) {
           neighbor =
               neighbor && y % axis.dilation == group && y / axis.dilation >= w.begin && y / axis.dilation < w.end;
         }
-        if (seen[q * positions + k] != neighbor) {
-          fail(c, "query " + std::to_string(q) + " and key " + std::to_string(k) +
+        if (seen[kWalk == Walk::kKeysOfQueries ? q * positions + k : k * positions + q] != neighbor) {
+          fail(c, (kWalk == Walk::kQueriesOfKeys ? "walk over keys: query " : "query ") + std::to_string(q) +
+                      " and key " + std::to_string(k) +
                       (neighbor ? " are never computed" : " are computed but no neighbors"));
         }
       }
@@ -150,10 +152,11 @@ void walk(const Case& c) {
   }
 }
 
+template <Walk kWalk>
 void walk(const Case& c) {
-  if (c.rank == 1) walk<1>(c);
-  if (c.rank == 2) walk<2>(c);
-  if (c.rank == 3) walk<3>(c);
+  if (c.rank == 1) walk<1, kWalk>(c);
+  if (c.rank == 2) walk<2, kWalk>(c);
+  if (c.rank == 3) walk<3, kWalk>(c);
 }
 
 Case random_case(std::mt19937& random) {
@@ -207,7 +210,11 @@ int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 300;
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
   check_division(random);
-  for (int i = 0; i < count; ++i) walk(random_case(random));
+  for (int i = 0; i < count; ++i) {
+    const Case c = random_case(random);
+    walk<Walk::kKeysOfQueries>(c);
+    walk<Walk::kQueriesOfKeys>(c);
+  }
   std::printf("%d problems walked\n", count);
   return 0;
 }

@@ -6,7 +6,7 @@ NAME names the version that writes, and the files: ``NAME.fused.jax_export``, ``
 CPU, CUDA and TPU, with their first derivative) and ``NAME.npz`` (operands, cotangents, results, gradients). Existing
 files are never written again: an artefact that no longer loads, or gives other numbers, is a broken promise. Names and
 attributes of the custom calls are a wire format: a target that means something else gets another name, and what an
-attribute means never changes; a target that needs another attribute gets another name, too.
+attribute means never changes. A target may get another attribute only if programs without it go on to mean the same.
 
 Run it with the oldest supported jax, and add files when the wire format has grown.
 """

@@ -42,11 +42,20 @@ bool check(const Problem& problem, const sm90::Plan& plan, unsigned seed) {
   fill_normal(shape.dtype, query.data(), rows * shape.dim, random);
   fill_normal(shape.dtype, key.data(), keys * shape.dim, random);
   fill_normal(shape.dtype, value.data(), keys * shape.dim, random);
+  const int64_t additional = shape.batch * shape.additional * shape.kv_heads * shape.dim;
+  const int64_t entries = shape.bias_batch * shape.heads * shape.neighborhood.bias_size();
+  emulator::Memory additional_keys(2 * additional), additional_values(2 * additional), bias(4 * entries);
+  fill_normal(shape.dtype, additional_keys.data(), additional, random);
+  fill_normal(shape.dtype, additional_values.data(), additional, random);
+  fill_normal(DType::kFloat32, bias.data(), entries, random);
   FusedForwardParams params = {};
   static_cast<FusedShape&>(params) = shape;
   params.query = query.data();
   params.key = key.data();
   params.value = value.data();
+  params.additional_keys = additional_keys.data();
+  params.additional_values = additional_values.data();
+  params.bias = bias.data();
   params.out = out.data();
   params.lse = lse.data();
   emulator::Settings settings;
@@ -75,7 +84,8 @@ int main(int argc, char** argv) {
   int wrong = 0;
   for (int i = 0; i < count; ++i) {
     std::mt19937 random(seed + unsigned(i));
-    const Problem problem = driver::random_problem(random, i, {150, 18, 8});
+    Problem problem = driver::random_problem(random, i, {150, 18, 8});
+    if (random() % 3 == 0) driver::extend_problem(random, problem);
     sm90::Plan plan = driver::random_plan(random, problem.shape);
     if (i % 3 == 2) sm90::choose_plan(problem.shape, sm90::kProcessors, plan);  // the product's own choice
     wrong += !check(problem, plan, seed + unsigned(i));

@@ -48,12 +48,19 @@ class Arrays {
     params.value = allocate(2 * key_count);
     params.out = allocate(2 * query_count + kGuard);
     params.lse = allocate(4 * rows + kGuard);
-    params.additional_keys = params.additional_values = params.bias = nullptr;
+    const int64_t additional = shape.batch * shape.additional * shape.kv_heads * shape.dim;
+    const int64_t entries = shape.bias_batch * shape.heads * shape.neighborhood.bias_size();
+    params.additional_keys = allocate(2 * additional);
+    params.additional_values = allocate(2 * additional);
+    params.bias = allocate(4 * entries);
+    fill_normal<<<1024, 256>>>((float*)params.bias, entries, 6);
     with_type(shape.dtype, [&](auto t) {
       using T = decltype(t);
       fill_normal<<<1024, 256>>>((T*)params.query, query_count, 1);
       fill_normal<<<1024, 256>>>((T*)params.key, key_count, 2);
       fill_normal<<<1024, 256>>>((T*)params.value, key_count, 3);
+      fill_normal<<<1024, 256>>>((T*)params.additional_keys, additional, 4);
+      fill_normal<<<1024, 256>>>((T*)params.additional_values, additional, 5);
     });
     CHECK_CUDA(cudaDeviceSynchronize());
     clear();
@@ -270,7 +277,9 @@ int run_correctness(int count, unsigned seed) {
     }
   }
   for (int i = 0; i < count; ++i) {
-    check(random_problem(random, i));
+    Problem problem = random_problem(random, i);
+    if (random() % 3 == 0) extend_problem(random, problem);
+    check(problem);
   }
   std::printf("%d of %d problems wrong\n", wrong, total);
   return wrong != 0;
