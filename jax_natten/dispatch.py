@@ -6,6 +6,8 @@ An implementation is a set of kernels behind the same primitives:
 name      platforms  what it is
 ========  =========  ===============================================================================
 "sm90"    CUDA       tensor-core kernels for Hopper: the fused forward in float16 and bfloat16
+"sm80"    CUDA       tensor-core kernels for compute capability 8.0 and later: every operation in
+                     float16, bfloat16 and float32, head dims up to 256
 "naive"   CUDA       direct CUDA kernels, one query at a time; takes every case
 "cpu"     CPU        multi-threaded, vectorised C++; takes every case
 "xla"     any        pure JAX, blocked so that memory is bounded; takes every case
@@ -24,14 +26,15 @@ import numpy as np
 from jax_natten import native, tiles
 from jax_natten.neighborhood import Neighborhood
 
-# Every name of the interface. "sm80" is reserved for kernels that are not there yet.
+# Every name of the interface.
 IMPLEMENTATIONS = ("sm90", "sm80", "naive", "cpu", "xla")
 
 # In order of preference; the last one of each platform takes everything.
 _PREFERENCE = {"cuda": ("sm90", "sm80", "naive", "xla"), "cpu": ("cpu", "xla")}
 # Taken by name only, never by None. "sm90" has proved itself under a driver of its own (tests/gpu/sm90_driver.cu), but
-# tests/gpu/test_sm90.py has not yet run on a GPU. Once it has: make this empty.
-ONLY_BY_NAME = ("sm90",)
+# tests/gpu/test_sm90.py has not yet run on a GPU; "sm80" has run on the emulator alone. Once their GPU tests have
+# passed: make this empty.
+ONLY_BY_NAME = ("sm90", "sm80")
 # The implementations that can be told their tiles.
 _TAKES_TILES = ("sm90",)
 _PLATFORM = {"sm90": "cuda", "sm80": "cuda", "naive": "cuda", "cpu": "cpu"}
@@ -78,7 +81,10 @@ def why_not(name: str, problem: Problem) -> str | None:
     if name == "sm90" and problem.operation == "fused_forward":
         reason = tiles.why_not(problem)
         return reason and f"{name!r} {reason}"
-    if name in ("sm90", "sm80"):
+    if name == "sm80":
+        reason = tiles.why_not_sm80(problem)
+        return reason and f"{name!r} {reason}"
+    if name == "sm90":
         return f"{name!r} has no kernel for {problem.operation} yet"
     return None
 

@@ -144,6 +144,16 @@ def why_not(problem: Problem, tiles: Tiles | None = None) -> str | None:
         return str(error)
 
 
+def why_not_sm80(problem: Problem) -> str | None:
+    """Why the sm_80 kernels do not take a problem, of any operation; None if they do."""
+    if native.model is None:
+        return _MISSING
+    try:
+        return native.model.sm80_why_not(*_described(problem), problem.operation)
+    except ValueError as error:  # sizes that no kernel could be told
+        return str(error)
+
+
 def simulate(
     problem: Problem, tiles: Tiles | None = None, *, processors: int | None = None, count: int = 1
 ) -> list[Simulation]:
@@ -205,7 +215,7 @@ def _described(problem: Problem) -> tuple:
         problem.value_dim,
         problem.additional_keys,
         problem.has_bias,
-        problem.grid,
+        problem.grid or (0,) * window.rank,  # not known yet: no limit is hit
         window.kernel_size,
         window.stride,
         window.dilation,

@@ -46,11 +46,19 @@ def run(environment, *arguments):
 
 
 def test_direct_kernels(environment):
-    chosen = "everything or (any_head_dim and not 1000 and not 512 and not 256) or scale or nothing or empty or default"
-    run(environment, "tests/gpu/test_naive.py", "-k", f"({chosen}) and not two_to_the_31")
+    dims = "(any_head_dim and not 1000 and not 512 and not 256)"
+    chosen = f"everything_at_once or {dims} or scale_is or nothing or empty or default"
+    run(environment, "tests/gpu/test_naive.py", "-k", chosen)
 
 
 def test_hopper_kernels(environment):
     """Through JAX and the choice of tiles; test_emulator.py runs them on more problems."""
     chosen = "tiles_that or two_heads or scale or poison or empty or (every_head_dim and bfloat16 and (64 or 136))"
     run(environment, "tests/gpu/test_sm90.py", "-k", f"({chosen}) and not two_to_the_31")
+
+
+def test_sm80_kernels(environment):
+    # Of head dims only those whose kernels the module has: compiling all takes minutes.
+    dims = "(every_head_dim and ([8- or [24- or [80- or [96- or [256-))"
+    chosen = f"everything_at_once or {dims} or scale_is or bits or empty or limits"
+    run(environment, "tests/gpu/test_sm80.py", "-k", chosen)

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "../naive/naive.h"
+#include "../sm80/sm80.h"
 #include "../sm90/sm90.h"
 #include "problem.h"
 
@@ -29,12 +30,25 @@ bool any_device(int) { return true; }
 
 constexpr Implementation<FusedForwardParams> kFusedForward[] = {
     {"sm90", sm90::runs_on, sm90::fused_forward, sm90::why_not_forward},
+    {"sm80", sm80::runs_on, sm80::fused_forward_call, sm80::why_not_forward_call},
     {"naive", any_device, naive::fused_forward},
 };
-constexpr Implementation<FusedBackwardParams> kFusedBackward[] = {{"naive", any_device, naive::fused_backward}};
-constexpr Implementation<PnParams> kPn[] = {{"naive", any_device, naive::pn}};
-constexpr Implementation<NnParams> kNn[] = {{"naive", any_device, naive::nn}};
-constexpr Implementation<InParams> kIn[] = {{"naive", any_device, naive::in}};
+constexpr Implementation<FusedBackwardParams> kFusedBackward[] = {
+    {"sm80", sm80::runs_on, sm80::fused_backward_call, sm80::why_not_backward_call},
+    {"naive", any_device, naive::fused_backward},
+};
+constexpr Implementation<PnParams> kPn[] = {
+    {"sm80", sm80::runs_on, sm80::pn_call, sm80::why_not_pn},
+    {"naive", any_device, naive::pn},
+};
+constexpr Implementation<NnParams> kNn[] = {
+    {"sm80", sm80::runs_on, sm80::nn_call, sm80::why_not_nn},
+    {"naive", any_device, naive::nn},
+};
+constexpr Implementation<InParams> kIn[] = {
+    {"sm80", sm80::runs_on, sm80::in_call, sm80::why_not_in},
+    {"naive", any_device, naive::in},
+};
 
 ffi::Error internal(cudaError_t status) {
   return ffi::Error::Internal(std::string("CUDA: ") + cudaGetErrorString(status));

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../sm80/limits.h"
 #include "../sm90/choose.h"
 #include "../sm90/plan.h"
 
@@ -70,6 +71,24 @@ using Reason = std::optional<std::string>;
 
 Reason reason_of(const char* text) { return text == nullptr ? Reason() : Reason(text); }
 
+// `operation`: as dispatch.Problem names it.
+Reason sm80_why_not(const FusedShape& shape, std::string operation) {
+  if (operation == "fused_forward") return reason_of(sm80::why_not_fused(shape));
+  if (operation == "fused_backward") return reason_of(sm80::why_not_fused_backward(shape));
+  UnfusedShape unfused;
+  unfused.dtype = shape.dtype;
+  unfused.neighborhood = shape.neighborhood;
+  unfused.batch = shape.batch;
+  unfused.heads = shape.heads;
+  unfused.kv_heads = shape.kv_heads;
+  unfused.dim = shape.dim;
+  unfused.additional = shape.additional;
+  unfused.bias_batch = shape.bias_batch;
+  return reason_of(sm80::why_not(unfused, operation == "pn"   ? sm80::Operation::kPn
+                                          : operation == "nn" ? sm80::Operation::kNn
+                                                              : sm80::Operation::kIn));
+}
+
 Reason sm90_why_not(const FusedShape& shape) { return reason_of(sm90::why_not(shape)); }
 
 Reason sm90_why_not_tiles(const FusedShape& shape, Ints tiles) {
@@ -111,6 +130,7 @@ std::vector<Ints> sm90_rank(const FusedShape& shape, int processors, int count) 
 
 void add_tile_functions(py::module_& m) {
   m.attr("sm90_processors") = sm90::kProcessors;
+  m.def("sm80_why_not", with_shape(sm80_why_not), "Why no sm_80 kernel takes a case of an operation, or None.");
   m.def("sm90_why_not", with_shape(sm90_why_not), "Why no Hopper kernel takes a case, or None.");
   m.def("sm90_why_not_tiles", with_shape(sm90_why_not_tiles), "Why tiles do not fit a case, or None.");
   m.def("sm90_predict", with_shape(sm90_predict), "What the cost model expects of tiles.");

@@ -6,12 +6,10 @@
 
 #include "../common/params.h"
 #include "fused_params.h"
+#include "limits.h"
 #include "plan.h"
 
 namespace jax_natten::sm80 {
-
-// Why no kernel takes a problem, in words; nullptr if one does.
-const char* why_not_fused(const FusedShape& shape);
 
 // Why a plan does not fit a problem that a kernel takes; nullptr if it does.
 const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan);
@@ -34,7 +32,6 @@ struct BackwardPlan {
   Plan queries, keys, bias;
 };
 
-const char* why_not_fused_backward(const FusedShape& shape);
 const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan);
 BackwardPlan plan_backward(const FusedShape& shape);
 

@@ -43,11 +43,6 @@ KernelInstance find_kernel(const FusedShape& shape, Precision precision, Pass pa
   }
 }
 
-int64_t additional_tiles(const FusedShape& shape) {
-  const int rows = compiled_shape(shape, Pass::kKeys).rows;
-  return (int64_t(shape.additional) + rows - 1) / rows;
-}
-
 void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, BackwardParams& params) {
   const int64_t positions = problem.neighborhood.positions();
   const TileLimits tiles = limits(problem, pass);
@@ -78,7 +73,7 @@ void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, Bac
   params.kv_heads = problem.kv_heads;
   params.partials = nullptr;
   params.chunks = reduction_chunks(positions);
-  params.additional_tiles = int(additional_tiles(problem));
+  params.additional_tiles = int(additional_key_tiles(problem));
   params.bias_partials = nullptr;
   params.tiles_of_head = int(params.schedule.tiles / (problem.batch * staying_heads));
   params.bias_batch = int(problem.bias_batch);
@@ -99,13 +94,6 @@ cudaError_t fill_sums_with_zeros(const FusedBackwardParams& p, cudaStream_t stre
 }
 
 }  // namespace
-
-const char* why_not_fused_backward(const FusedShape& shape) {
-  if (const char* reason = why_not_fused(shape)) return reason;
-  if (shape.batch * 64 * shape.kv_heads * additional_tiles(shape) > INT32_MAX) return "has too many additional keys";
-  if (64 * shape.bias_batch * shape.heads > INT32_MAX) return "has too many bias tables";
-  return nullptr;
-}
 
 const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan) {
   if (const char* reason = why_not_tiles(shape, plan.queries, limits(shape, Pass::kQueries))) return reason;

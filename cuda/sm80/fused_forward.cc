@@ -49,16 +49,6 @@ KernelInstance find_kernel(const FusedShape& shape, Precision precision, int row
 
 }  // namespace
 
-const char* why_not_fused(const FusedShape& shape) {
-  if (shape.dtype == DType::kFloat64) return "takes float16, bfloat16 and float32 only";
-  if (shape.dim > 256 || shape.value_dim > 256) return "takes head dimensions up to 256";
-  if (shape.neighborhood.positions() > INT32_MAX) return "takes grids of up to 2^31 - 1 positions";
-  double pairs = double(shape.batch) * shape.heads;  // dilation groups counted as if they were equally long
-  for (const Axis& axis : shape.neighborhood.axes) pairs *= double(group_length(axis, 0)) * axis.dilation;
-  if (pairs > INT32_MAX) return "takes up to 2^31 - 1 pairs of a query and a head";
-  return nullptr;
-}
-
 const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan) {
   if (plan.structure == Structure::kSmall) return why_not_small(shape, plan);
   const int bytes = element_bytes(shape.dtype), dim = compiled_dim(shape), least = forward_least_rows(bytes, dim);

@@ -6,18 +6,13 @@
 #include "../common/key_mask.h"
 #include "../common/params.h"
 #include "../common/tiling.h"
+#include "precision.h"
 
 namespace jax_natten::sm80 {
 
 constexpr int kMostRows = 128;     // of a tile that stays
 constexpr int kMostColumns = 112;  // of the tiles that pass by it
 constexpr float kLog2E = 1.4426950408889634f;
-
-// How float32 is multiplied.
-enum class Precision {
-  kTf32,       // rounded to 11 bits of mantissa
-  kSplitTf32,  // as sums of two such numbers: nearly float32
-};
 
 // An array [batch, positions, heads, size]. Row of (batch, position, head) at data + batch * batch_step + position *
 // position_step + head * bytes.

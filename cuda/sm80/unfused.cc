@@ -13,7 +13,7 @@
 namespace jax_natten::sm80 {
 namespace {
 
-constexpr int kMostDim = 256, kDefaultSharedBytes = 48 * 1024;
+constexpr int kDefaultSharedBytes = 48 * 1024;
 
 int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -29,10 +29,6 @@ bool aligned(const void* data, int64_t row_bytes) {
 
 Vectors vectors(const void* data, int64_t positions, int heads, int64_t row_bytes) {
   return {static_cast<char*>(const_cast<void*>(data)), positions, heads, aligned(data, row_bytes)};
-}
-
-int rows_heads(const UnfusedShape& shape, Operation operation) {
-  return operation == Operation::kIn ? shape.kv_heads : shape.heads;
 }
 
 void fill_tables(const UnfusedSizes& sizes, const UnfusedPlan& plan, bool inverse, int element_bytes,
@@ -165,15 +161,6 @@ bool find_tiling(const UnfusedShape& shape, Operation operation, const UnfusedPl
   return true;
 }
 
-int64_t dense_row_tiles(const UnfusedShape& shape, const UnfusedPlan& plan) {
-  return (shape.additional + plan.row_tile[2] - 1) / plan.row_tile[2];
-}
-
-int64_t dense_blocks(const UnfusedShape& shape) {
-  return dense_row_tiles(shape, choose_dense_tiling(shape).plan) * shape.kv_heads *
-         reduction_chunks(shape.neighborhood.positions()) * shape.batch;
-}
-
 // The additional keys of IN: partial sums over chunks of the queries, then their sums.
 cudaError_t in_additional(const InParams& problem, UnfusedKernel kernel, cudaStream_t stream) {
   const UnfusedTiling tiling = choose_dense_tiling(problem);
@@ -200,23 +187,6 @@ cudaError_t in_additional(const InParams& problem, UnfusedKernel kernel, cudaStr
 }
 
 }  // namespace
-
-const char* why_not(const UnfusedShape& shape, Operation operation) {
-  if (shape.dtype == DType::kFloat64) return "takes float16, bfloat16 and float32";
-  if (shape.dim > kMostDim) return "takes head dimensions up to 256";
-  constexpr int64_t kMost = int64_t(1) << 30;
-  if (shape.slots() > kMost || shape.neighborhood.positions() > kMost || shape.batch > kMost) {
-    return "takes up to 2^30 slots, positions and batch elements";
-  }
-  // Numbers of CTAs and of their threads' rows.
-  const int64_t heads = shape.batch * rows_heads(shape, operation), tiles = count_tiles(shape, UnfusedPlan());
-  if (heads > 0 && tiles > INT32_MAX / heads) return "takes fewer than 2^31 rows of weights";
-  if (operation == Operation::kIn && shape.additional > 0) {
-    const int64_t sums = shape.batch * shape.additional * shape.kv_heads * shape.dim;
-    if (dense_blocks(shape) > INT32_MAX || sums / 256 > INT32_MAX) return "has too many additional keys";
-  }
-  return nullptr;
-}
 
 cudaError_t pn(const PnParams& problem, cudaStream_t stream, Precision precision, const UnfusedPlan* given) {
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;

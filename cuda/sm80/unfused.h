@@ -9,13 +9,11 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "limits.h"
 #include "precision.h"
 #include "unfused_plan.h"
 
 namespace jax_natten::sm80 {
-
-// Why a problem is not taken, in words; nullptr if it is.
-const char* why_not(const UnfusedShape& shape, Operation operation);
 
 // Enqueue a problem's computation; nothing is allocated, nothing waits. `precision` is that of float32. A plan
 // overrides the one of choose_tiling(). cudaErrorInvalidValue if the problem is not taken, or not under this plan.

@@ -273,6 +273,19 @@ int64_t count_tiles(const UnfusedShape& shape, const UnfusedPlan& plan) {
   return tiles;
 }
 
+int rows_heads(const UnfusedShape& shape, Operation operation) {
+  return operation == Operation::kIn ? shape.kv_heads : shape.heads;
+}
+
+int64_t dense_row_tiles(const UnfusedShape& shape, const UnfusedPlan& plan) {
+  return (shape.additional + plan.row_tile[2] - 1) / plan.row_tile[2];
+}
+
+int64_t dense_blocks(const UnfusedShape& shape) {
+  return dense_row_tiles(shape, choose_dense_tiling(shape).plan) * shape.kv_heads *
+         reduction_chunks(shape.neighborhood.positions()) * shape.batch;
+}
+
 UnfusedSizes sizes_of(const UnfusedShape& shape, Operation operation, const UnfusedPlan& plan, bool dense) {
   MostColumns most(shape, operation);
   return find_sizes(shape, operation, plan, dense, most);

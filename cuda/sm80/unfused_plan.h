@@ -5,6 +5,8 @@
 
 namespace jax_natten::sm80 {
 
+constexpr int kMostDim = 256;  // head dimension
+
 // How a problem is cut into tiles (unfused_params.h says what rows and columns are). Row tiles are made of 1 to 8
 // parts, parts of 16 rows; both are powers of two along each axis. On axes that a problem does not have, all is 1.
 struct UnfusedPlan {
@@ -46,5 +48,12 @@ UnfusedTiling choose_dense_tiling(const UnfusedShape& shape);
 
 // Row tiles of one head of one batch element.
 int64_t count_tiles(const UnfusedShape& shape, const UnfusedPlan& plan);
+
+// Heads of the rows.
+int rows_heads(const UnfusedShape& shape, Operation operation);
+
+// CTAs for the additional keys in IN: row tiles of a head and batch element, and all of them.
+int64_t dense_row_tiles(const UnfusedShape& shape, const UnfusedPlan& plan);
+int64_t dense_blocks(const UnfusedShape& shape);
 
 }  // namespace jax_natten::sm80
