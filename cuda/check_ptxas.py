@@ -17,13 +17,17 @@ import sys
 SERIALISED = ("C7510", "C7512", "C7513", "C7514", "C7520")
 
 # Bytes of spill stores that are accepted, by a pattern of the mangled name of the kernel, and why.
+# The first pattern that fits counts. ELb1E: extended by additional keys and a bias; where these spill is not known, and
+# all of them are bounded by what the first compilation showed.
 ALLOWED_SPILLS = {
-    r"wide_forward.*Li(128|192|256)ELi3ELb1E": (72, "extended variant; where is not known yet"),
-    r"warp_forward.*Li32ELi80ELi\dELi3ELb1E": (12, "extended variant; where is not known yet"),
-    r"warp_forward.*ELi104ELi\dELi3ELb1E": (108, "extended variant, the longest list; where is not known yet"),
-    r"wide_forward.*Li256ELi3E": (64, "window bounds of three axes, outside the loop over key tiles"),
-    r"warp_forward.*Li32ELi104E": (40, "the longest list, bounds of windows"),
-    r"warp_forward.*Li64ELi104E": (96, "the longest list, bounds of windows"),
+    r"wide_forward.*Li256ELi3ELb1E": (72, "window bounds of three axes, and the extension"),
+    r"wide_forward.*Li256ELi3ELb0E": (64, "window bounds of three axes, outside the loop over key tiles"),
+    r"wide_forward.*ELb1E": (56, "the extension"),
+    r"warp_forward.*Li64ELi104.*ELb1E": (112, "the longest list, and the extension"),
+    r"warp_forward.*Li64ELi104.*ELb0E": (96, "the longest list, bounds of windows"),
+    r"warp_forward.*Li32ELi104.*ELb1E": (96, "the longest list, and the extension"),
+    r"warp_forward.*Li32ELi104.*ELb0E": (40, "the longest list, bounds of windows"),
+    r"warp_forward.*ELb1E": (56, "the extension"),
 }
 
 

@@ -7,7 +7,7 @@ import sys
 SCRIPT = pathlib.Path(__file__).parents[1] / "cuda" / "check_ptxas.py"
 ENTRY = "ptxas info    : Compiling entry function '{}' for 'sm_90a'"
 SPILL = "    0 bytes stack frame, {} bytes spill stores, {} bytes spill loads"
-WIDE = "_ZN10jax_natten4sm9012wide_forwardI13__nv_bfloat16Li{}ELi{}EEEvNS0_10WideParamsE"
+WIDE = "_ZN10jax_natten4sm9012wide_forwardI13__nv_bfloat16Li{}ELi{}ELb0EEEvNS0_10WideParamsE"
 
 
 def run(*lines, status=0):

@@ -121,6 +121,7 @@ class Search {
   // Boxes hold all that a query tile sees along the inner axes. Along the outermost one they may be slices, so that the
   // part of a box that a warp gathers fits a compiled list.
   void warp() {
+    if (best_.size() == count_ && model_.least_warp() >= worst_) return;
     const int dim = warp_compiled_dim(shape_.dim);
     const int most_warps = warp_most_threads(dim) / 32 - 1;
     std::vector<int> part_sizes[kMaxRank], multiples[kMaxRank];

@@ -115,4 +115,9 @@ Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list,
   return p;
 }
 
+double CostModel::least_warp() const {
+  // Every warp computes at least the windows of its queries.
+  return kLaunch + warp_cost(128, warp_compiled_dim(shape.dim)).key * pairs / kWarpRows / processors;
+}
+
 }  // namespace jax_natten::sm90

@@ -13,6 +13,8 @@ struct CostModel {
   Prediction wide(const Plan& plan, const TileCounts& counts) const;
   // `list`: keys that the kernel is compiled to gather; `blocks`: CTAs of a multiprocessor.
   Prediction warp(const Plan& plan, const TileCounts& counts, int list, int blocks) const;
+  // No warp plan is expected to take fewer seconds.
+  double least_warp() const;
 
   const FusedShape& shape;
   int processors;

@@ -44,10 +44,8 @@ pytestmark = [
 
 def described(case: Case) -> dispatch.Problem:
     operands, _ = draw(case)
-    window = Neighborhood.make(**case.problem.window)
-    return primitives.problem(
-        "fused_forward", operands["query"], operands["key"], operands["value"], None, None, window
-    )
+    arrays = (operands.get(name) for name in ("query", "key", "value", "additional_keys", "rpb"))
+    return primitives.problem("fused_forward", *arrays, Neighborhood.make(**case.problem.window))
 
 
 def forward(case: Case, operands, asked: Tiles | None = None):
@@ -102,6 +100,18 @@ def test_every_head_dim_in_every_rank(dim, dtype):
         check(Case(with_dim(shape, dim), dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [24, 32, 64, 96, 128, 192, 256])
+def test_additional_keys_and_bias(dim, dtype):
+    for shape in (
+        problem("rows", 2, 4, 2, dim, [110], [21], [3], [2]),
+        problem("plane", 1, 2, 1, dim, [19, 17], [7, 9], [1, 4], [2, 1]),
+        problem("volume", 1, 2, 2, dim, [7, 9, 6], [3, 5, 4], [1, 2, 1], [1, 1, 1]),
+    ):
+        for additional, bias in ((3, False), (0, True), (130, True)):
+            check(Case(with_dim(shape, dim), dtype, additional=additional, bias=bias))
+
+
 @pytest.mark.parametrize("shape", HARD.values(), ids=lambda p: p.name)
 def test_hard_problems_at_their_published_size(shape):
     """Against "naive" in float32 on the same device."""
@@ -138,7 +148,9 @@ def test_random_problems(chunk):
         dim, dtype = int(rng.choice(DIMS)), DTYPES[rng.integers(2)]
         shape = Problem(f"random{n}", int(rng.integers(1, 4)), kv_heads * group, kv_heads, dim, grid, *window)
         scale = (None, None, None, 0.0, -(dim**-0.5), 3 * dim**-0.5)[rng.integers(6)]
-        case = Case(shape, dtype, scale=scale)
+        additional = int(rng.choice([0, 0, 0, 1, 5, 40]))
+        bias = not any(shape.is_causal) and rng.integers(3) == 0
+        case = Case(shape, dtype, additional=additional, bias=bias, scale=scale)
         ranked = tiles.simulate(described(case), count=4)
         asked = None if rng.integers(2) else ranked[rng.integers(len(ranked))].tiles
         try:
