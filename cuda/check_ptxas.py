@@ -17,8 +17,7 @@ import sys
 SERIALISED = ("C7510", "C7512", "C7513", "C7514", "C7520")
 
 # Bytes of spill stores that are accepted, by a pattern of the mangled name of the kernel, and why.
-# The first pattern that fits counts. ELb1E: extended by additional keys and a bias; where these spill is not known, and
-# all of them are bounded by what the first compilation showed.
+# The first pattern that fits counts. ELb1E: extended by additional keys and a bias; where these spill is not known.
 ALLOWED_SPILLS = {
     r"wide_forward.*Li256ELi3ELb1E": (72, "window bounds of three axes, and the extension"),
     r"wide_forward.*Li256ELi3ELb0E": (64, "window bounds of three axes, outside the loop over key tiles"),

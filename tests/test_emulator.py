@@ -33,7 +33,7 @@ def test_sm90_forward_kernels_compute_the_definition():
 
 
 def test_sm80_fused_kernels_compute_the_definition():
-    run("test_sm80_fused", "30")
+    run("test_sm80_fused", "20")
 
 
 def test_sm80_unfused_kernels_compute_the_definition():

@@ -26,8 +26,14 @@ template <int kDim, Pass kPass>
 KernelInstance backward_pass(DType dtype, Precision precision) {
   if (dtype == DType::kFloat16) return backward_kernel<HalfNumbers<__half>, kDim, kPass>();
   if (dtype == DType::kBFloat16) return backward_kernel<HalfNumbers<__nv_bfloat16>, kDim, kPass>();
-  return precision == Precision::kTf32 ? backward_kernel<Tf32Numbers, kDim, kPass>()
-                                       : backward_kernel<SplitTf32Numbers, kDim, kPass>();
+  if constexpr (!forward_has_dim(sizeof(float), kDim)) {
+    return {nullptr, 0, 0};
+  } else if constexpr (kPass == Pass::kBias) {  // not worth a kernel for each precision
+    return backward_kernel<SplitTf32Numbers, kDim, kPass>();
+  } else {
+    return precision == Precision::kTf32 ? backward_kernel<Tf32Numbers, kDim, kPass>()
+                                         : backward_kernel<SplitTf32Numbers, kDim, kPass>();
+  }
 }
 
 template <int kDim>

@@ -6,7 +6,7 @@
 
 namespace jax_natten::sm80 {
 
-// Functions of one BackwardParams.
+// Functions of one BackwardParams. None (null) where forward_shape.h has no such head dimension.
 KernelInstance backward_d32(DType dtype, Precision precision, Pass pass);
 KernelInstance backward_d64(DType dtype, Precision precision, Pass pass);
 KernelInstance backward_d96(DType dtype, Precision precision, Pass pass);

@@ -27,9 +27,13 @@ template <int kDim>
 KernelInstance forward_instance(DType dtype, Precision precision, int rows, bool extended) {
   if (dtype == DType::kFloat16) return forward_half<__half, kDim>(rows, extended);
   if (dtype == DType::kBFloat16) return forward_half<__nv_bfloat16, kDim>(rows, extended);
-  constexpr int kRows = forward_least_rows(sizeof(float), kDim);
-  return precision == Precision::kTf32 ? forward_kernel<Tf32Numbers, kDim, kRows, true>()
-                                       : forward_kernel<SplitTf32Numbers, kDim, kRows, true>();
+  if constexpr (forward_has_dim(sizeof(float), kDim)) {
+    constexpr int kRows = forward_least_rows(sizeof(float), kDim);
+    return precision == Precision::kTf32 ? forward_kernel<Tf32Numbers, kDim, kRows, true>()
+                                         : forward_kernel<SplitTf32Numbers, kDim, kRows, true>();
+  } else {
+    return {nullptr, 0, 0};
+  }
 }
 
 }  // namespace jax_natten::sm80

@@ -8,10 +8,15 @@ constexpr int kSharedBytesOfAnyDevice = 99 * 1024;
 
 constexpr int kForwardDims[] = {32, 64, 96, 128, 192, 256};
 
+// Float32 does without two of them, which saves a sixth of all compilation.
+constexpr bool forward_has_dim(int element_bytes, int compiled) {
+  return element_bytes == 2 || (compiled != 96 && compiled != 192);
+}
+
 // The smallest compiled head dimension that holds `dim` channels; 0: none.
-constexpr int forward_dim(int dim) {
+constexpr int forward_dim(int element_bytes, int dim) {
   for (const int compiled : kForwardDims) {
-    if (dim <= compiled) return compiled;
+    if (dim <= compiled && forward_has_dim(element_bytes, compiled)) return compiled;
   }
   return 0;
 }

@@ -15,7 +15,9 @@
 namespace jax_natten::sm80 {
 namespace {
 
-int compiled_dim(const FusedShape& shape) { return forward_dim(std::max(shape.dim, shape.value_dim)); }
+int compiled_dim(const FusedShape& shape) {
+  return forward_dim(element_bytes(shape.dtype), std::max(shape.dim, shape.value_dim));
+}
 
 BackwardShape compiled_shape(const FusedShape& shape, Pass pass) {
   return backward_shape(element_bytes(shape.dtype), compiled_dim(shape), pass);

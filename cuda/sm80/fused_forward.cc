@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -10,7 +11,7 @@ namespace jax_natten::sm80 {
 namespace {
 
 int compiled_dim(const FusedShape& shape) {
-  return forward_dim(shape.dim > shape.value_dim ? shape.dim : shape.value_dim);
+  return forward_dim(element_bytes(shape.dtype), std::max(shape.dim, shape.value_dim));
 }
 
 bool extended(const FusedShape& shape) {

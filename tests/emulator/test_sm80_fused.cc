@@ -26,14 +26,15 @@ namespace jax_natten::testing {
 namespace {
 
 // `dim`, or a larger head dimension if the kernels for it are not linked.
-int linked_dim(int dim) {
+int linked_dim(DType dtype, int dim) {
   static constexpr decltype(&sm80::forward_d32) kInstances[] = {sm80::forward_d32,  sm80::forward_d64,
                                                                 sm80::forward_d96,  sm80::forward_d128,
                                                                 sm80::forward_d192, sm80::forward_d256};
+  const int own = sm80::forward_dim(int(element_bytes(dtype)), dim);
   for (int i = 0; i < 6; ++i) {
     const int compiled = sm80::kForwardDims[i];
-    const bool linked = kInstances[i](DType::kFloat16, sm80::Precision::kTf32, 64, false).function != nullptr;
-    if (dim <= compiled && linked) return dim > (i == 0 ? 0 : sm80::kForwardDims[i - 1]) ? dim : compiled - dim % 8;
+    if (compiled < own || kInstances[i](dtype, sm80::Precision::kTf32, 64, false).function == nullptr) continue;
+    return compiled == own ? dim : compiled - dim % 8;
   }
   return 0;
 }
@@ -93,7 +94,7 @@ Case random_case(unsigned seed) {
   } else {
     shape.value_dim = shape.dim;
   }
-  const int dim = std::max(shape.dim, shape.value_dim), linked = linked_dim(dim);
+  const int dim = std::max(shape.dim, shape.value_dim), linked = linked_dim(shape.dtype, dim);
   if (shape.dim == dim) shape.dim = linked;
   if (shape.value_dim == dim) shape.value_dim = linked;
   if (random() % 5 == 0) shape.additional = 1 + int(random() % 80);
@@ -350,6 +351,28 @@ bool check_backward(const Case& c) {
   return good;
 }
 
+// Without queries there are no outputs, and sums over them are zero.
+bool check_empty() {
+  FusedShape shape = driver::make_problem("empty", DType::kBFloat16, 2, 2, 1, 32, {0}, {1}, {1}, {1}).shape;
+  shape.additional = 3;
+  shape.bias_batch = 1;
+  Arrays arrays(0);
+  FusedForwardParams forward = {};
+  fill_inputs(shape, arrays, forward);
+  FusedBackwardParams backward = {};
+  static_cast<FusedShape&>(backward) = shape;
+  backward.d_additional_keys = arrays.output(shape.dtype, 2 * 3 * 32);
+  backward.d_additional_values = arrays.output(shape.dtype, 2 * 3 * 32);
+  backward.d_bias = arrays.output(DType::kFloat32, 2);
+  const bool good = sm80::fused_forward(forward, Precision::kTf32, nullptr) == cudaSuccess &&
+                    sm80::fused_backward(backward, Precision::kTf32, nullptr) == cudaSuccess &&
+                    largest_difference(std::vector<double>(192, 0), shape.dtype, backward.d_additional_keys) == 0 &&
+                    largest_difference(std::vector<double>(192, 0), shape.dtype, backward.d_additional_values) == 0 &&
+                    largest_difference(std::vector<double>(2, 0), DType::kFloat32, backward.d_bias) == 0;
+  std::printf("empty %s\n", good ? "ok" : "WRONG");
+  return good;
+}
+
 // The hard problems of the GPU driver, with every combination of causal axes.
 int check_hard_problems() {
   int wrong = 0;
@@ -360,7 +383,7 @@ int check_hard_problems() {
       c.seed = causal + 1;
       const int64_t pairs = problem.shape.neighborhood.positions() * problem.shape.neighborhood.window_size();
       if (pairs > 3000000) continue;  // would take minutes
-      if (linked_dim(problem.shape.dim) != problem.shape.dim) continue;
+      if (linked_dim(problem.shape.dtype, problem.shape.dim) != problem.shape.dim) continue;
       wrong += !check_forward(c) + !check_backward(c);
     }
   }
@@ -373,7 +396,7 @@ int main(int argc, char** argv) {
   const unsigned seed = argc > 2 ? unsigned(std::atoi(argv[2])) : 0;
   const std::string only = argc > 3 ? argv[3] : "";
   const bool only_forward = only == "forward", only_backward = only == "backward";
-  int wrong = 0;
+  int wrong = !check_empty();
   for (int i = 0; i < count; ++i) {
     const Case c = random_case(seed + unsigned(i));
     wrong += !(only_backward || check_forward(c)) + !(only_forward || check_backward(c));
