@@ -31,9 +31,9 @@ from jax_natten.neighborhood import Neighborhood
 
 __all__ = ["neighborhood_attention", "plan_axis", "sharded_attention"]
 
-# Splitting off the interior hides the exchange but computes more queries of the border in vain. It pays while that
-# takes less time than the exchange. This many operations of attention take as long as receiving a byte: small windows
-# reach 58 to 175 TFLOP/s on an H200, NVLink about 350 GB/s, which makes 170 to 500. Slower networks allow more.
+# Splitting off the interior hides the exchange but computes queries at the border in vain. It pays while that takes
+# less time than the exchange. This many operations of attention take as long as receiving a byte: small windows reach
+# 58 to 175 TFLOP/s on an H200, NVLink about 350 GB/s, which makes 170 to 500. Slower networks allow more.
 FLOPS_PER_BYTE = 300
 
 
