@@ -131,8 +131,6 @@ def why_not(problem: Problem, tiles: Tiles | None = None) -> str | None:
     """Why the Hopper kernels do not take a problem (or take it, but not with these tiles); None if they do."""
     if native.model is None:
         return _MISSING
-    if not all(isinstance(size, int | np.integer) for size in (problem.batch, *problem.grid)):
-        return "takes no sizes that are unknown when the program is lowered (jax.export)"
     if tiles is not None and len(tiles.query_tile) != problem.neighborhood.rank:
         return f"tiles must have {problem.neighborhood.rank} entries, one per grid axis"
     described = _described(problem)

@@ -102,7 +102,7 @@ def test_grid_sizes_may_be_unknown_where_kernels_run():
         close(exported.call(*x), jax.jit(run)(*x))
     halves = [jax.ShapeDtypeStruct((1, height, width, 2, 64), jnp.bfloat16)] * 3
     named = lambda *x: jax_natten.na2d(*x, (3, 4), implementation=("sm90", "naive"))  # noqa: E731
-    assert 'implementation = "naive"' in export(named, *halves, platforms=("cuda",)).mlir_module()
+    assert 'implementation = "sm90,naive"' in export(named, *halves, platforms=("cuda",)).mlir_module()
     with pytest.raises(NotImplementedError, match="constant grid"):
         export(run, *operands(height, width), platforms=("tpu",))
     with pytest.raises(ValueError, match=r"\(6, 4\)"):
