@@ -27,8 +27,10 @@ constexpr BackwardShape backward_shape(int element_bytes, int dim, Pass pass) {
   if (pass == Pass::kBias) {
     return {row_bytes <= 512 ? 64 : row_bytes <= 768 ? 32 : 16, row_bytes <= 384 ? 32 : 16, 1, 1};
   }
-  if (row_bytes <= 128) return {64, 64, 2, 1};
-  if (row_bytes <= 256) return {64, keys ? 32 : 64, 2, 1};
+  // float32 as sums of two numbers takes twice the registers for its operands.
+  const bool wide = element_bytes == 4;
+  if (row_bytes <= 128) return {64, keys && wide ? 32 : 64, 2, 1};
+  if (row_bytes <= 256) return {64, keys || wide ? 32 : 64, 2, 1};
   if (row_bytes <= 384) return {64, keys ? 16 : 32, 2, 1};
   if (row_bytes <= 512) return keys ? BackwardShape{32, 32, 2, 2} : BackwardShape{64, 16, 2, 1};
   if (row_bytes <= 768) return {32, 16, 2, keys ? 2 : 1};
