@@ -3,29 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <utility>
 
 namespace jax_natten::sm90 {
 namespace {
-
-int64_t count_query_tiles(const FusedShape& shape, const TileSchedule& schedule) {
-  int64_t tiles = shape.batch * schedule.by_heads.divisor;
-  for (const TiledAxis& axis : schedule.axes) tiles *= int64_t(axis.query_tiles) * axis.dilation;
-  return tiles;
-}
-
-TileSchedule make_schedule(const FusedShape& shape, const Plan& plan) {
-  TileSchedule schedule;
-  for (int a = 0; a < kMaxRank; ++a) {
-    schedule.axes[a] = TiledAxis(shape.neighborhood.axes[a], plan.query_tile[a], plan.query_part[a], plan.key_tile[a]);
-  }
-  schedule.by_heads = FastDivisor(shape.heads / plan.heads);
-  schedule.by_group = FastDivisor(shape.group());
-  schedule.tiles = int(std::min<int64_t>(count_query_tiles(shape, schedule), INT32_MAX));
-  return schedule;
-}
 
 // The pair (factor, factor) in the problem's type.
 uint32_t pair_of(DType dtype, bool minus_one) {
@@ -36,49 +16,25 @@ uint32_t pair_of(DType dtype, bool minus_one) {
 }  // namespace
 
 const char* why_not_any(const FusedShape& shape) {
-  if (shape.dtype != DType::kFloat16 && shape.dtype != DType::kBFloat16) return "takes float16 and bfloat16 only";
-  if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";
-  if (shape.dim > 256) return "takes head dimensions up to 256";
-  if (shape.dim % 8 != 0) return "needs a head dimension that is a multiple of 8";
+  if (const char* reason = why_not_layout(shape)) return reason;
   if (shape.additional > 0) return "does not take additional keys yet";
   if (shape.has_bias()) return "does not take a relative position bias yet";
-  if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
-    return "takes up to 2^31 - 1 pairs of a query and a head";
-  }
   return nullptr;
 }
 
 const char* why_not_tiles(const FusedShape& shape, const Plan& plan) {
-  for (int a = 0; a < kMaxRank; ++a) {
-    if (plan.query_part[a] < 1 || plan.key_tile[a] < 1 || plan.query_tile[a] % plan.query_part[a] != 0) {
-      return "query tiles must be divided into equal parts";
-    }
-    if (a < kMaxRank - shape.neighborhood.rank && plan.query_tile[a] * plan.key_tile[a] != 1) {
-      return "axes that the problem does not have must have tiles of 1";
-    }
-    if (plan.query_tile[a] > 256 || plan.key_tile[a] > 256) return "tiles have at most 256 positions along an axis";
-  }
   if (plan.heads > 1 && (shape.heads % plan.heads != 0 || shape.group() != 1)) {
     return "tiles of several heads need a multiple of them, each with its own keys";
   }
-  if (count_query_tiles(shape, make_schedule(shape, plan)) > INT32_MAX) return "has too many tiles";
-  return nullptr;
+  return why_not_tiles(shape, plan, shape.heads / plan.heads);
 }
 
 cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, int channels, bool query_box_is_part,
                            ForwardParams& params) {
   const Neighborhood& neighborhood = problem.neighborhood;
-  params.schedule = make_schedule(problem, plan);
+  set_up_tiles(problem, plan, problem.heads / plan.heads, params);
   params.query_address = slab_address(neighborhood, problem.heads);
   params.key_address = slab_address(neighborhood, problem.kv_heads);
-  int uneven = 0;  // axes with longer and shorter dilation groups
-  for (int a = 0; a < kMaxRank; ++a) {
-    const Axis& axis = neighborhood.axes[a];
-    const int rest = axis.length % axis.dilation;
-    params.long_phases[a] = rest == 0 ? axis.dilation : rest;
-    params.row_step[a] = params.query_address.per_phase[a] * axis.dilation;
-    uneven |= int(rest != 0) << a;
-  }
   params.out = problem.out;
   params.lse = static_cast<float*>(problem.lse);
   params.dim = problem.dim;
@@ -92,7 +48,7 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
   const TensorBox query_box = {channels, plan.heads, {query[0], query[1], query[2]}};
   const TensorBox key_box = {channels, plan.heads, {plan.key_tile[0], plan.key_tile[1], plan.key_tile[2]}};
   for (int variant = 0; variant < kMaxMapVariants; ++variant) {
-    if (variant & ~uneven) continue;  // no tile asks for it
+    if (!variant_exists(neighborhood, variant)) continue;
     TensorMaps& maps = params.maps[variant];
     const auto encode = [&](CUtensorMap& map, const void* data, int heads, const TensorBox& box) {
       return encode_tensor_map(&map, problem, data, heads, box, variant);
@@ -117,22 +73,6 @@ int most_keys_of_queries(const Axis& axis, int queries) {
     }
   }
   return most;
-}
-
-cudaError_t current_device(int& device, int& processors) {
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-}
-
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
-  return error;
 }
 
 }  // namespace jax_natten::sm90

@@ -7,6 +7,7 @@
 
 #include "../common/params.h"
 #include "forward_params.h"
+#include "tile_setup.h"
 
 namespace jax_natten::sm90 {
 
@@ -14,16 +15,11 @@ namespace jax_natten::sm90 {
 enum class Structure { kWide, kWarp };
 
 // How a problem is computed: by which kernel and with which tiles.
-struct Plan {
+struct Plan : Tiles {
   Structure structure = Structure::kWide;
-  int query_tile[kMaxRank] = {1, 1, 1};  // queries of a CTA
-  int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warpgroup or warp
-  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together
-  int heads = 1;                         // kWarp: per box
-  int slots = 2, stages = 2;             // kWarp: of the rings of queries and of keys
+  int heads = 1;              // kWarp: per box
+  int slots = 2, stages = 2;  // kWarp: of the rings of queries and of keys
 };
-
-inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
 
 // Why none of the kernels can take a problem, in words; nullptr if they can.
 const char* why_not_any(const FusedShape& shape);
@@ -38,11 +34,5 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
 
 // Most keys along an axis that one run of `queries` neighboring queries sees, the runs beginning at multiples of it.
 int most_keys_of_queries(const Axis& axis, int queries);
-
-// The current device: its number and its multiprocessors.
-cudaError_t current_device(int& device, int& processors);
-
-// Lets a kernel have its shared memory, once per kernel, size and device.
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes);
 
 }  // namespace jax_natten::sm90
