@@ -95,6 +95,19 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 // Orders this thread's ordinary writes to shared memory before later TMA and wgmma accesses.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- asynchronous copies of single words
+
+// Copies 4 bytes to shared memory, or zeros if not `valid` (`source` must be an address all the same).
+__device__ __forceinline__ void copy_word_async(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
+// Has this thread arrive on `barrier`, whose count includes it, once its copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // ---- registers of a warpgroup
 
 template <int kRegisters>
@@ -113,6 +126,12 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t a, ui
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                "r"(c), "r"(d)
                : "memory");
+}
+
+__device__ __forceinline__ float2 load_pair(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ uint4 load_vector(uint32_t address) {
@@ -159,6 +178,24 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+// The reverse: x is the lower half.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  float2 numbers;
+  asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(numbers.x), "=f"(numbers.y)
+      : "r"(pair));
+  return numbers;
 }
 
 // Product of two pairs.
