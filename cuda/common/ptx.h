@@ -1,5 +1,7 @@
-// Instructions of sm_90 that C++ has no words for, one small function each. Addresses of shared memory are 32-bit, as
-// PTX wants them: shared_address(). Terms are those of the PTX manual.
+// Instructions that C++ has no words for, one small function each: of sm_80, and where marked of sm_90. Addresses of
+// shared memory are 32-bit, as PTX wants them: shared_address(). Terms are those of the PTX manual.
+//
+// tests/emulator has these functions on the CPU: what is added here is added there.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +16,32 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- mbarrier: transaction barriers in shared memory
+// ---- cp.async: copies to shared memory by threads
+
+// Copies kBytes (4, 8 or 16, to which both addresses are aligned), or writes zeros and reads nothing if not `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(kBytes),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Blocks until at most kPending committed groups of this thread's copies are unfinished.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- mbarrier (sm_90): transaction barriers in shared memory
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -50,6 +77,27 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// Whether that phase has completed, without waiting.
+__device__ __forceinline__ bool barrier_test(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Arrives, as one of the arrivals that the barrier counts, once this thread's copies by copy_async() so far have
+// landed.
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // ---- named barriers of a CTA
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -60,7 +108,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- TMA: bulk tensor copies
+// ---- TMA (sm_90): bulk tensor copies
 
 enum class CachePolicy : uint64_t {
   kNormal = 0x1000000000000000,
@@ -95,20 +143,7 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 // Orders this thread's ordinary writes to shared memory before later TMA and wgmma accesses.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- asynchronous copies of single words
-
-// Copies 4 bytes to shared memory, or zeros if not `valid` (`source` must be an address all the same).
-__device__ __forceinline__ void copy_word_async(uint32_t destination, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0)
-               : "memory");
-}
-
-// Has this thread arrive on `barrier`, whose count includes it, once its copies so far have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// ---- registers of a warpgroup
+// ---- registers of a warpgroup (sm_90)
 
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {

@@ -209,11 +209,11 @@ struct PassProducer {
           x != ColumnPlace::kNone && int(x & 255) < left[0] && int(x >> 8 & 255) < left[1] && int(x >> 16) < left[2];
       const int at = inside ? first + positions : 0;
       for (int operand = 0; operand < kOperands; ++operand) {
-        ptx::copy_word_async(ptx::shared_address(&smem.start[stage.index][operand][column]), params.start[operand] + at,
-                             inside);
+        ptx::copy_async<4>(ptx::shared_address(&smem.start[stage.index][operand][column]), params.start[operand] + at,
+                           inside);
       }
     }
-    ptx::barrier_arrive_after_copies(&smem.column_full[stage.index][kScores]);
+    ptx::copy_async_arrive(&smem.column_full[stage.index][kScores]);
   }
 };
 

@@ -1,6 +1,7 @@
-// Named problems for the GPU driver: those of the benchmark table and the hard windows that once broke kernels.
+// Problems for the C++ tests: those of the benchmark table, the hard windows that once broke kernels, and random ones.
 #pragma once
 
+#include <random>
 #include <string>
 #include <vector>
 
@@ -103,6 +104,42 @@ inline std::vector<Problem> hard_problems(DType t, unsigned causal) {
   add("h3d_f", 1, 1, 1, 64, {8, 4, 8}, {7, 3, 7}, {1, 1, 1}, {1, 1, 1});
   add("h3d_g", 1, 2, 1, 64, {68, 64, 8}, {14, 32, 2}, {3, 4, 1}, {1, 2, 3});
   return problems;
+}
+
+// Grids of rank r have up to sizes[r - 1] positions and a little more along an axis.
+inline Problem random_problem(std::mt19937& random, int index, const std::vector<int>& sizes = {600, 48, 20}) {
+  const int rank = 1 + random() % 3;
+  std::vector<int> x, k, s, d;
+  unsigned causal = 0;
+  for (int a = 0; a < rank; ++a) {
+    const int dilation = random() % 3 == 0 ? 1 + random() % 5 : 1;
+    x.push_back(dilation + random() % sizes[rank - 1]);
+    const int most = x.back() / dilation;
+    k.push_back(random() % 5 == 0 ? most : 1 + random() % most);
+    s.push_back(random() % 2 == 0 ? 1 : 1 + random() % k.back());
+    d.push_back(dilation);
+    causal |= unsigned(random() % 4 == 0) << a;
+  }
+  const int dims[] = {32, 64, 64, 128, 128, 96, 192, 256, 40, 24, 88, 120, 8, 200};
+  const int kv_heads = 1 + random() % 3;
+  Problem problem = make_problem("random" + std::to_string(index), random() % 2 ? DType::kBFloat16 : DType::kFloat16,
+                                 1 + random() % 2, kv_heads * (random() % 3 ? 1 : 1 + random() % 4), kv_heads,
+                                 dims[random() % 14], x, k, s, d, causal);
+  const double factors[] = {1, 1, 1, 4, -1, 0, -3};
+  problem.shape.scale *= factors[random() % 7];
+  return problem;
+}
+
+inline std::string describe(const FusedShape& shape) {
+  std::string text = "B" + std::to_string(shape.batch) + " H" + std::to_string(shape.heads) + "/" +
+                     std::to_string(shape.kv_heads) + " D" + std::to_string(shape.dim) +
+                     (shape.dtype == DType::kFloat16 ? " f16" : " bf16");
+  for (int a = kMaxRank - shape.neighborhood.rank; a < kMaxRank; ++a) {
+    const Axis& axis = shape.neighborhood.axes[a];
+    text += " [x" + std::to_string(axis.length) + " k" + std::to_string(axis.window) + " s" +
+            std::to_string(axis.stride) + " d" + std::to_string(axis.dilation) + (axis.causal ? " causal]" : "]");
+  }
+  return text + " scale " + std::to_string(shape.scale);
 }
 
 }  // namespace jax_natten::driver

@@ -4,27 +4,23 @@
 //   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones, with random tile shapes
 //   sm90_driver --bench [NAME..]           the benchmark table
 //   sm90_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
-// PLAN: wide|warp:q0,q1,q2:p0,p1,p2:k0,k1,k2[:heads,slots,stages] (query tile, part, key tile)
+// PLAN: see plans.h
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../cuda/sm90/forward.h"
-#include "../../cuda/sm90/wide_launch.h"
 #include "device_reference.cuh"
+#include "plans.h"
 #include "problems.h"
 #include "tma_probe.cuh"
 
 namespace jax_natten::driver {
 namespace {
-
-using sm90::Plan;
-using sm90::Structure;
 
 template <typename Function>
 void with_type(DType dtype, Function function) {
@@ -146,31 +142,6 @@ double useful_flops(const FusedShape& shape) {
   return 4 * pairs * shape.batch * shape.heads * shape.dim;
 }
 
-std::string to_string(const Plan& plan) {
-  char text[128];
-  const auto three = [](const int (&x)[kMaxRank]) {
-    return std::to_string(x[0]) + "," + std::to_string(x[1]) + "," + std::to_string(x[2]);
-  };
-  std::snprintf(text, sizeof(text), "%s:%s:%s:%s:%d,%d,%d", plan.structure == Structure::kWide ? "wide" : "warp",
-                three(plan.query_tile).c_str(), three(plan.query_part).c_str(), three(plan.key_tile).c_str(),
-                plan.heads, plan.slots, plan.stages);
-  return text;
-}
-
-Plan parse_plan(const char* text) {
-  Plan plan;
-  char structure[8];
-  int *q = plan.query_tile, *p = plan.query_part, *k = plan.key_tile;
-  const int fields = std::sscanf(text, "%4s:%d,%d,%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", structure, q, q + 1, q + 2, p, p + 1,
-                                 p + 2, k, k + 1, k + 2, &plan.heads, &plan.slots, &plan.stages);
-  if (fields != 10 && fields != 13) {
-    std::printf("not a plan: %s\n", text);
-    std::exit(2);
-  }
-  plan.structure = std::strcmp(structure, "warp") ? Structure::kWide : Structure::kWarp;
-  return plan;
-}
-
 void launch(const Arrays& arrays, const Plan& plan) { CHECK_CUDA(sm90::launch(arrays.params, plan, nullptr)); }
 
 // Times plans in turns, so that clocks and temperature treat them alike, and prints the median of the rounds.
@@ -256,87 +227,6 @@ void run_bench(const std::vector<std::string>& names) {
     Arrays arrays(problem.shape);
     bench(arrays, problem.name, {parse_plan(known->second)});
   }
-}
-
-// ---- random plans and problems
-
-// A random factorisation into tiles of at most `most` in all; axes that do not exist get 1.
-std::vector<int> random_tile(std::mt19937& random, int rank, int most) {
-  std::vector<int> tile(3, 1);
-  std::vector<int> axes;
-  for (int a = 3 - rank; a < 3; ++a) axes.push_back(a);
-  std::shuffle(axes.begin(), axes.end(), random);
-  int left = most;
-  for (size_t i = 0; i < axes.size(); ++i) {
-    const bool all = i + 1 == axes.size() && random() % 4 != 0;
-    tile[axes[i]] = all ? left : 1 + random() % (i + 1 == axes.size() ? left : std::min(left, 16));
-    left /= tile[axes[i]];
-  }
-  return tile;
-}
-
-Plan random_plan(std::mt19937& random, const FusedShape& shape) {
-  const int rank = shape.neighborhood.rank;
-  Plan plan;
-  const auto set = [](int (&tile)[kMaxRank], const std::vector<int>& from) {
-    std::copy(from.begin(), from.end(), tile);
-  };
-  if (shape.dim <= 64 && random() % 2) {
-    plan.structure = Structure::kWarp;
-    plan.heads = shape.dim == 32 && shape.group() == 1 && shape.heads % 2 == 0 && random() % 2 ? 2 : 1;
-    plan.slots = 1 + random() % 4;
-    plan.stages = 1 + random() % 4;
-    for (int attempt = 0; attempt < 100; ++attempt) {
-      set(plan.query_part, random_tile(random, rank, 16));
-      set(plan.query_tile, random_tile(random, rank, 10 / plan.heads));
-      for (int a = 0; a < kMaxRank; ++a) plan.query_tile[a] *= plan.query_part[a];
-      set(plan.key_tile, random_tile(random, rank, 100 + random() % 400));
-      if (sm90::why_not(shape, plan) == nullptr) return plan;
-    }
-    plan = Plan();
-  }
-  const int dim = sm90::wide_compiled_dim(shape.dim);
-  set(plan.query_part, random_tile(random, rank, 64));
-  set(plan.key_tile, random_tile(random, rank, dim <= 128 ? 128 : dim == 192 ? 96 : 64));
-  std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
-  plan.query_tile[kMaxRank - 1 - random() % rank] *= 2;
-  return plan;
-}
-
-Problem random_problem(std::mt19937& random, int index) {
-  const int rank = 1 + random() % 3;
-  const int sizes[] = {600, 48, 20};
-  std::vector<int> x, k, s, d;
-  unsigned causal = 0;
-  for (int a = 0; a < rank; ++a) {
-    const int dilation = random() % 3 == 0 ? 1 + random() % 5 : 1;
-    x.push_back(dilation + random() % sizes[rank - 1]);
-    const int most = x.back() / dilation;
-    k.push_back(random() % 5 == 0 ? most : 1 + random() % most);
-    s.push_back(random() % 2 == 0 ? 1 : 1 + random() % k.back());
-    d.push_back(dilation);
-    causal |= unsigned(random() % 4 == 0) << a;
-  }
-  const int dims[] = {32, 64, 64, 128, 128, 96, 192, 256, 40, 24, 88, 120, 8, 200};
-  const int kv_heads = 1 + random() % 3;
-  Problem problem = make_problem("random" + std::to_string(index), random() % 2 ? DType::kBFloat16 : DType::kFloat16,
-                                 1 + random() % 2, kv_heads * (random() % 3 ? 1 : 1 + random() % 4), kv_heads,
-                                 dims[random() % 14], x, k, s, d, causal);
-  const double factors[] = {1, 1, 1, 4, -1, 0, -3};
-  problem.shape.scale *= factors[random() % 7];
-  return problem;
-}
-
-std::string describe(const FusedShape& shape) {
-  std::string text = "B" + std::to_string(shape.batch) + " H" + std::to_string(shape.heads) + "/" +
-                     std::to_string(shape.kv_heads) + " D" + std::to_string(shape.dim) +
-                     (shape.dtype == DType::kFloat16 ? " f16" : " bf16");
-  for (int a = kMaxRank - shape.neighborhood.rank; a < kMaxRank; ++a) {
-    const Axis& axis = shape.neighborhood.axes[a];
-    text += " [x" + std::to_string(axis.length) + " k" + std::to_string(axis.window) + " s" +
-            std::to_string(axis.stride) + " d" + std::to_string(axis.dilation) + (axis.causal ? " causal]" : "]");
-  }
-  return text + " scale " + std::to_string(shape.scale);
 }
 
 bool check_problem(const Problem& problem, const Plan& plan) {

@@ -1,0 +1,28 @@
+"""The CUDA kernels on the CPU, built by g++ with the stand-ins of tests/emulator and compared with the definition."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUILD = ROOT / "build" / "emulator"
+
+
+def run(name, *arguments):
+    """Builds and runs a test of tests/emulator."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("needs g++ and make")
+    subprocess.run(["make", "-C", ROOT / "tests" / "emulator", f"-j{os.cpu_count()}", name], check=True)
+    result = subprocess.run([BUILD / name, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_the_emulator_finds_faults():
+    run("test_emulator")
+
+
+def test_sm90_forward_kernels_compute_the_definition():
+    run("test_sm90_forward", "30")
