@@ -90,7 +90,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
       ptx::wgmma_fence();
       ptx::pin(scores);
       this->issue_product(kScores, scores, true);
-      ptx::wgmma_wait<1>();  // the previous tile's results
+      ptx::wgmma_wait<kKeys ? 1 : 0>();  // the previous tile's results; nothing is left to do before S^T without dP^T
       pin_results();
       if constexpr (kKeys) ptx::pin(d_scores);
       if constexpr (kValues) ptx::pin(probabilities);
@@ -104,7 +104,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
         this->issue_product(kGradients, d_probabilities, true);
       }
 
-      ptx::wgmma_wait<kKeys ? 1 : 0>();  // S^T
+      if constexpr (kKeys) ptx::wgmma_wait<1>();  // S^T
       ptx::pin(scores);
 #pragma unroll
       for (int e = 0; e < kColumns / 2; ++e) scores[e] = ptx::exp2_approximate(scores[e] * params.exponent);
@@ -164,5 +164,13 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
     }
   }
 }
+
+struct KeyPass {
+  static constexpr Walk kPass = kKeyPass;
+  template <typename T, int kDim, int kRank, bool kSmall>
+  static BackwardKernel kernel() {
+    return backward_key<T, kDim, kRank, kSmall>;
+  }
+};
 
 }  // namespace jax_natten::sm90

@@ -57,7 +57,7 @@ constexpr PassShape pass_shape(Walk pass, int dim, bool small) {
            : dim == 96  ? PassShape{96, 128, 3, 1, 2, 2, 1, 32}
            : dim == 128 ? PassShape{128, 128, 2, 1, 2, 2, 1, 64}
            : dim == 192 ? PassShape{192, 80, 2, 1, 2, 2, 1, 64}
-                        : PassShape{256, 48, 2, 1, 2, 2, 1, 64};
+                        : PassShape{256, 32, 2, 1, 2, 2, 1, 64};
   }
   if (small) return dim == 32 ? PassShape{32, 64, 4, 2, 1, 1, 2, 32} : PassShape{64, 64, 3, 2, 1, 1, 2, 64};
   return dim == 32    ? PassShape{32, 112, 4, 2, 2, 2, 1, 32}
@@ -67,6 +67,8 @@ constexpr PassShape pass_shape(Walk pass, int dim, bool small) {
          : dim == 192 ? PassShape{192, 64, 3, 1, 1, 2, 1, 64}
                       : PassShape{256, 64, 2, 1, 1, 2, 1, 64};
 }
+
+constexpr bool has_small_shape(int dim) { return dim <= 64; }
 
 constexpr int kPartRows = 64;  // rows of a part
 

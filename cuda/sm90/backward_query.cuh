@@ -62,7 +62,7 @@ struct QueryPassConsumer : PassConsumer<Traits> {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int at = record.slab;
-      start_at[i] = params.start_address.slab<kRank>(record.tile, record.tile.head * params.positions);
+      start_at[i] = params.start_address.template slab<kRank>(record.tile, record.tile.head * params.positions);
       inside[i] = true;
 #pragma unroll
       for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
@@ -174,5 +174,13 @@ __global__ void __launch_bounds__(pass_shape(kQueryPass, kDim, kSmall).threads()
     QueryPassConsumer<Traits>(params, smem, warpgroup - 1, warp, lane).run();
   }
 }
+
+struct QueryPass {
+  static constexpr Walk kPass = kQueryPass;
+  template <typename T, int kDim, int kRank, bool kSmall>
+  static BackwardKernel kernel() {
+    return backward_query<T, kDim, kRank, kSmall>;
+  }
+};
 
 }  // namespace jax_natten::sm90

@@ -69,6 +69,7 @@ struct PassTraits {
     uint64_t row_full[kSlots], row_empty[kSlots];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
   };
+  static_assert(sizeof(Shared) <= 228 * 1024 / kShape.residency - 1024, "CTAs must fit into a multiprocessor");
 };
 
 // ---------------------------------------------------------------------------------------------------------- producer

@@ -29,6 +29,13 @@ TileSchedule make_schedule(const FusedShape& shape, const Tiles& tiles, int head
 
 }  // namespace
 
+int compiled_dim(int dim) {
+  for (const int compiled : {32, 64, 96, 128, 192, 256}) {
+    if (dim <= compiled) return compiled;
+  }
+  return 0;
+}
+
 const char* why_not_layout(const FusedShape& shape) {
   if (shape.dtype != DType::kFloat16 && shape.dtype != DType::kBFloat16) return "takes float16 and bfloat16 only";
   if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";

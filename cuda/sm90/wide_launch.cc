@@ -8,8 +8,6 @@
 namespace jax_natten::sm90 {
 namespace {
 
-constexpr int kDims[] = {32, 64, 96, 128, 192, 256};
-
 WideInstance find_instance(int dim, DType dtype, int rank) {
   switch (dim) {
     case 32:
@@ -29,20 +27,13 @@ WideInstance find_instance(int dim, DType dtype, int rank) {
 
 }  // namespace
 
-int wide_compiled_dim(int dim) {
-  for (const int compiled : kDims) {
-    if (dim <= compiled) return compiled;
-  }
-  return 0;
-}
-
 const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
   if (const char* reason = why_not_any(shape)) return reason;
   if (const char* reason = why_not_tiles(shape, plan)) return reason;
   if (plan.heads != 1) return "tiles have one head";
   if (product(plan.query_tile) != kWideGroups * product(plan.query_part)) return "query tiles must have two parts";
   if (product(plan.query_part) > kWideGroupRows) return "a warpgroup has at most 64 queries";
-  if (product(plan.key_tile) > wide_shape(wide_compiled_dim(shape.dim)).keys) return "key tiles have too many keys";
+  if (product(plan.key_tile) > wide_shape(compiled_dim(shape.dim)).keys) return "key tiles have too many keys";
   return nullptr;
 }
 
@@ -50,7 +41,7 @@ cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cud
   if (why_not_wide(problem, plan) != nullptr) return cudaErrorInvalidValue;
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
 
-  const WideShape compiled = wide_shape(wide_compiled_dim(problem.dim));
+  const WideShape compiled = wide_shape(compiled_dim(problem.dim));
   WideParams params;
   cudaError_t error = set_up_forward(problem, plan, compiled.chunk, /*query_box_is_part=*/true, params);
   if (error != cudaSuccess) return error;

@@ -8,9 +8,6 @@
 
 namespace jax_natten::sm90 {
 
-// The head dimension that the kernel for `dim` is compiled for.
-int wide_compiled_dim(int dim);
-
 // Why a plan does not fit a problem; nullptr if it does.
 const char* why_not_wide(const FusedShape& shape, const Plan& plan);
 
