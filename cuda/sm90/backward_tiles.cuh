@@ -60,6 +60,8 @@ struct PassTraits {
     alignas(16) float start[kGathersStarts ? kStages : 1][kOperands][kGathersStarts ? kColumns : 1];
     ColumnPlace places[kGathersStarts ? kColumns : 1];
     alignas(16) uint32_t mask_table[kMaxKeyMaskWords];
+    int part_offset[kParts][kMaxRank];            // where a part begins in a row tile
+    uint32_t row_coordinates[kPartRows];          // of the rows in a part, a byte per axis
     Interval windows[kGroups][kPartRows][kRank];  // of each row, relative to QueryTile::key
     RowRecord row_records[kSlots];
     ColumnRecord column_records[kStages];
@@ -97,9 +99,7 @@ struct PassProducer {
       if (lane == 0) {
         smem.produced_tile = decoded;
         for (int part = 0; part < Traits::kParts; ++part) {
-          int offset[kMaxRank];
-          query_part_offset(params.schedule.axes, part, offset);
-          smem.parts[part] = QueryPart<kRank, Traits::kPass>(params.schedule.axes, decoded, offset);
+          smem.parts[part] = QueryPart<kRank, Traits::kPass>(params.schedule.axes, decoded, smem.part_offset[part]);
         }
       }
       __syncwarp();
@@ -113,11 +113,18 @@ struct PassProducer {
   }
 
  private:
+  // No lane may fall behind by a phase.
+  __device__ __forceinline__ void wait(uint64_t* empty, uint32_t parity) {
+    ptx::barrier_wait(empty, parity);
+    __syncwarp();
+  }
+
   // With one slot the rows must wait until the previous tile is done. The first column tiles go ahead of them.
   __device__ __forceinline__ void load(const QueryTile& tile) {
     const TiledAxis* axes = params.schedule.axes;
-    int ahead = Traits::kSlots == 1 ? Traits::kStages : 0;
-    if (ahead == 0) load_rows(tile);
+    constexpr int kAhead = Traits::kSlots == 1 ? Traits::kStages : 0;
+    int ahead = kAhead;
+    if (kAhead == 0) load_rows(tile);
     // Columns are of the key and value head of the row tile's queries, or of the query heads of its keys.
     const int group = params.schedule.by_group.divisor;
     const int first = Traits::kPass == kQueryPass ? params.schedule.by_group.quotient(tile.head) : tile.head * group;
@@ -128,14 +135,14 @@ struct PassProducer {
         const KeyTileCursor<kRank> current = cursor;
         more = cursor.next(axes, tile.extent);
         load_columns(tile, current.begin, head, head + 1 == first + heads && !more);
-        if (--ahead == 0) load_rows(tile);
+        if (kAhead > 0 && --ahead == 0) load_rows(tile);
       }
     }
-    if (ahead > 0) load_rows(tile);
+    if (kAhead > 0 && ahead > 0) load_rows(tile);
   }
 
   __device__ __forceinline__ void load_rows(const QueryTile& tile) {
-    ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
+    wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
       const TiledAxis* axes = params.schedule.axes;
       const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
@@ -145,8 +152,7 @@ struct PassProducer {
       ptx::barrier_arrive_expecting(full, Traits::kParts * kOperands * rows * Traits::kChunks * Traits::kRowBytes);
 #pragma unroll 1
       for (int part = 0; part < Traits::kParts; ++part) {
-        int offset[kMaxRank];
-        query_part_offset(axes, part, offset);
+        const int (&offset)[kMaxRank] = smem.part_offset[part];
 #pragma unroll 1
         for (int operand = 0; operand < kOperands; ++operand) {
           const int channel = operand == kScores ? params.first_channel : 0;
@@ -164,7 +170,7 @@ struct PassProducer {
 
   __device__ __forceinline__ void load_columns(const QueryTile& tile, const int (&begin)[kMaxRank], int head,
                                                bool last) {
-    ptx::barrier_wait(&smem.column_empty[stage.index], stage.parity);
+    wait(&smem.column_empty[stage.index], stage.parity);
     if (lane == 0) {
       const TiledAxis* axes = params.schedule.axes;
       uint32_t classes = last ? ColumnRecord::kLast : 0;
@@ -186,10 +192,7 @@ struct PassProducer {
         }
       }
     }
-    if constexpr (Traits::kGathersStarts) {
-      __syncwarp();
-      gather_starts(tile, begin, head);
-    }
+    if constexpr (Traits::kGathersStarts) gather_starts(tile, begin, head);
     stage.advance();
   }
 
@@ -248,25 +251,11 @@ struct PassConsumer {
   __device__ __forceinline__ int row_in_part(int i) const { return 16 * warp + lane / 4 + 8 * i; }
 
   // Coordinate of a row of the part along an axis.
-  __device__ __forceinline__ int coordinate(int row, int a) const {
-    const TiledAxis* axes = params.schedule.axes;
-    if (a < kMaxRank - kRank) return 0;
-    if (kRank > 1) {
-      if (a == 2) return row % axes[2].query_part;
-      row /= axes[2].query_part;
-    }
-    if (kRank == 3) {
-      if (a == 1) return row % axes[1].query_part;
-      row /= axes[1].query_part;
-    }
-    return row;
-  }
+  __device__ __forceinline__ int coordinate(int row, int a) const { return smem.row_coordinates[row] >> 8 * a & 255; }
 
   // First row of the part along an axis.
   __device__ __forceinline__ int part_begin(const QueryTile& tile, int a) const {
-    int offset[kMaxRank];
-    query_part_offset(params.schedule.axes, part, offset);
-    return tile.query[a] + (a == 0 ? offset[0] : a == 1 ? offset[1] : offset[2]);
+    return tile.query[a] + smem.part_offset[part][a];
   }
 
   __device__ __forceinline__ bool part_is_live(const QueryTile& tile) const {
@@ -466,6 +455,13 @@ __device__ __forceinline__ void set_up_pass(const BackwardParams& params, typena
     vectors[i / unused * kChunkVectors + used + i % unused] = make_uint4(0, 0, 0, 0);
   }
   ptx::async_proxy_fence();
+  if (threadIdx.x < Traits::kParts) query_part_offset(axes, threadIdx.x, smem.part_offset[threadIdx.x]);
+  for (int i = threadIdx.x; i < kPartRows; i += Traits::kThreads) {
+    // Rows past the part's last lie past its end on the outermost axis.
+    const int x2 = Traits::kRank == 1 ? i : i % axes[2].query_part, outer = i / axes[2].query_part;
+    const int x1 = Traits::kRank == 2 ? outer : outer % axes[1].query_part;
+    smem.row_coordinates[i] = outer / axes[1].query_part | x1 << 8 | x2 << 16;
+  }
   if constexpr (Traits::kGathersStarts) {
     for (int i = threadIdx.x; i < Traits::kColumns; i += Traits::kThreads) {
       const int x2 = i % axes[2].key_tile, x1 = i / axes[2].key_tile % axes[1].key_tile;
