@@ -95,6 +95,8 @@ cudaError_t launch_pass(Walk pass, const FusedBackwardParams& problem, const Pas
   params.padded = product(plan.key_tile) < compiled.columns;
   cudaError_t error = set_up_maps(problem, tensors, plan, compiled.chunk, params);
   if (error != cudaSuccess) return error;
+  params.row_bytes = kOperands * product(plan.query_tile) * compiled.chunks() * compiled.row_bytes();
+  params.column_bytes = product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
   params.row_address = slab_address(neighborhood, tensors.row_heads);
   params.column_address = slab_address(neighborhood, tensors.column_heads);
 
@@ -143,12 +145,17 @@ int64_t backward_workspace(const FusedShape& shape) {
   return kOperands * shape.batch * shape.neighborhood.positions() * shape.heads;
 }
 
-cudaError_t launch_backward(const FusedBackwardParams& problem, const BackwardPlan& plan, cudaStream_t stream) {
+cudaError_t launch_backward_pass(Walk pass, const FusedBackwardParams& problem, const BackwardPlan& plan,
+                                 cudaStream_t stream) {
   if (why_not(problem, plan) != nullptr) return cudaErrorInvalidValue;
   if (backward_workspace(problem) == 0) return cudaSuccess;
   if (problem.workspace_size < backward_workspace(problem)) return cudaErrorInvalidValue;
-  const cudaError_t error = launch_pass(kQueryPass, problem, plan.query, stream);
-  return error != cudaSuccess ? error : launch_pass(kKeyPass, problem, plan.key, stream);
+  return launch_pass(pass, problem, pass == kQueryPass ? plan.query : plan.key, stream);
+}
+
+cudaError_t launch_backward(const FusedBackwardParams& problem, const BackwardPlan& plan, cudaStream_t stream) {
+  const cudaError_t error = launch_backward_pass(kQueryPass, problem, plan, stream);
+  return error != cudaSuccess ? error : launch_backward_pass(kKeyPass, problem, plan, stream);
 }
 
 }  // namespace jax_natten::sm90

@@ -27,4 +27,8 @@ int64_t backward_workspace(const FusedShape& shape);
 // Enqueues both passes. Neither allocates nor synchronises. cudaErrorInvalidValue if plan and problem do not fit.
 cudaError_t launch_backward(const FusedBackwardParams& problem, const BackwardPlan& plan, cudaStream_t stream);
 
+// One of them: the key pass reads what the query pass has written to the workspace.
+cudaError_t launch_backward_pass(Walk pass, const FusedBackwardParams& problem, const BackwardPlan& plan,
+                                 cudaStream_t stream);
+
 }  // namespace jax_natten::sm90

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
     ptx::release_registers<Traits::kShape.producer_registers()>();
     if (warp == 0) PassProducer<Traits>(params, smem, lane).run();
   } else {
-    ptx::take_registers<Traits::kShape.consumer_registers()>();
+    ptx::take_registers<Traits::kShape.registers>();
     if constexpr (kDivided) {
       if (warpgroup == 1) {
         KeyPassConsumer<Traits, true, false>(params, smem, 0, warp, lane).run();

@@ -36,36 +36,34 @@ struct PassShape {
   int parts;      // of a row tile: 64 rows each
   int groups;     // consumer warpgroups. As many as parts, or two for one part: one for dV, one for dK.
   int residency;  // CTAs on a multiprocessor
+  int registers;  // of a consumer thread; producers get what remains of those that all had at launch
   int chunk;      // channels of a shared-memory row, which is one swizzle span of 128 or 64 bytes
 
   constexpr int chunks() const { return dim / chunk; }
   constexpr int row_bytes() const { return 2 * chunk; }
   constexpr int threads() const { return 128 * (groups + 1); }
-  // Registers of a thread, producer and consumer.
-  constexpr int producer_registers() const {
-    return residency == 1 ? (groups == 2 ? 32 : 40) : residency == 2 ? 40 : 24;
-  }
-  constexpr int consumer_registers() const { return residency == 1 ? 240 : residency == 2 ? 216 : 136; }
+  constexpr int launch_registers() const { return 64 * 1024 / (threads() * residency) / 8 * 8; }
+  constexpr int producer_registers() const { return (groups + 1) * launch_registers() - groups * registers; }
 };
 
 // For large windows; `small` for small ones: there it counts how many tiles are in flight.
 constexpr PassShape pass_shape(Walk pass, int dim, bool small) {
   if (pass == kQueryPass) {
-    if (small) return dim == 32 ? PassShape{32, 64, 3, 2, 1, 1, 3, 32} : PassShape{64, 64, 2, 2, 1, 1, 3, 64};
-    return dim == 32    ? PassShape{32, 128, 4, 2, 2, 2, 1, 32}
-           : dim == 64  ? PassShape{64, 128, 4, 2, 2, 2, 1, 64}
-           : dim == 96  ? PassShape{96, 128, 3, 1, 2, 2, 1, 32}
-           : dim == 128 ? PassShape{128, 128, 2, 1, 2, 2, 1, 64}
-           : dim == 192 ? PassShape{192, 80, 2, 1, 2, 2, 1, 64}
-                        : PassShape{256, 32, 2, 1, 2, 2, 1, 64};
+    if (small) return dim == 32 ? PassShape{32, 64, 3, 2, 1, 1, 3, 136, 32} : PassShape{64, 64, 2, 2, 1, 1, 3, 136, 64};
+    return dim == 32    ? PassShape{32, 128, 4, 2, 2, 2, 1, 232, 32}
+           : dim == 64  ? PassShape{64, 128, 4, 2, 2, 2, 1, 232, 64}
+           : dim == 96  ? PassShape{96, 128, 3, 1, 2, 2, 1, 232, 32}
+           : dim == 128 ? PassShape{128, 128, 2, 1, 2, 2, 1, 232, 64}
+           : dim == 192 ? PassShape{192, 80, 2, 1, 2, 2, 1, 232, 64}
+                        : PassShape{256, 32, 2, 1, 2, 2, 1, 232, 64};
   }
-  if (small) return dim == 32 ? PassShape{32, 64, 4, 2, 1, 1, 2, 32} : PassShape{64, 64, 3, 2, 1, 1, 2, 64};
-  return dim == 32    ? PassShape{32, 112, 4, 2, 2, 2, 1, 32}
-         : dim == 64  ? PassShape{64, 112, 3, 2, 2, 2, 1, 64}
-         : dim == 96  ? PassShape{96, 64, 4, 1, 2, 2, 1, 32}
-         : dim == 128 ? PassShape{128, 64, 4, 1, 2, 2, 1, 64}
-         : dim == 192 ? PassShape{192, 64, 3, 1, 1, 2, 1, 64}
-                      : PassShape{256, 64, 2, 1, 1, 2, 1, 64};
+  if (small) return dim == 32 ? PassShape{32, 64, 4, 2, 1, 1, 2, 216, 32} : PassShape{64, 64, 3, 2, 1, 1, 2, 216, 64};
+  return dim == 32    ? PassShape{32, 112, 4, 2, 2, 2, 1, 232, 32}
+         : dim == 64  ? PassShape{64, 112, 3, 2, 2, 2, 1, 232, 64}
+         : dim == 96  ? PassShape{96, 64, 4, 1, 2, 2, 1, 232, 32}
+         : dim == 128 ? PassShape{128, 64, 4, 1, 2, 2, 1, 240, 64}
+         : dim == 192 ? PassShape{192, 64, 3, 1, 1, 2, 1, 232, 64}
+                      : PassShape{256, 64, 2, 1, 1, 2, 1, 232, 64};
 }
 
 constexpr bool has_small_shape(int dim) { return dim <= 64; }
@@ -79,7 +77,8 @@ struct PassMaps {
 struct BackwardParams : TileParams {
   PassMaps maps[kMaxMapVariants];
   SlabAddress row_address, column_address;
-  bool padded;         // column tiles have fewer columns than the kernel's
+  int row_bytes, column_bytes;  // of all boxes of a row tile; of one operand of a column tile
+  bool padded;                  // column tiles have fewer columns than the kernel's
   int first_channel;   // of the rows' first operand; past the head dimension, where zeros are read, for scores of 0
   float exponent;      // P = 2^(exponent S - lse log2(e))
   float scale;         // of dQ and dK

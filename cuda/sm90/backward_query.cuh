@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(pass_shape(kQueryPass, kDim, kSmall).threads()
     ptx::release_registers<Traits::kShape.producer_registers()>();
     if (warp == 0) PassProducer<Traits>(params, smem, lane).run();
   } else {
-    ptx::take_registers<Traits::kShape.consumer_registers()>();
+    ptx::take_registers<Traits::kShape.registers>();
     QueryPassConsumer<Traits>(params, smem, warpgroup - 1, warp, lane).run();
   }
 }

@@ -51,6 +51,8 @@ struct PassTraits {
   static constexpr int kChunk = kShape.chunk, kChunks = kShape.chunks(), kRowBytes = kShape.row_bytes();
   static constexpr bool kGathersStarts = kPass == kKeyPass;
   static_assert(kShape.dim == kDim, "no such head dimension");
+  static_assert(kShape.producer_registers() >= 24 && kShape.producer_registers() % 8 == 0,
+                "consumers take more registers than there are: they would wait for ever");
   static_assert(kColumns % 16 == 0 && kColumns <= kMaxKeyColumns, "a mask word holds at most 128 columns");
   static_assert(kColumns * kRowBytes % 1024 == 0, "every stage must begin at a whole swizzle pattern");
 
@@ -93,17 +95,10 @@ struct PassProducer {
 
   __device__ void run() {
     for (int index = blockIdx.x; index < params.schedule.tiles; index += gridDim.x) {
-      const QueryTile decoded = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
-      if (decoded.empty()) continue;
       __syncwarp();
-      if (lane == 0) {
-        smem.produced_tile = decoded;
-        for (int part = 0; part < Traits::kParts; ++part) {
-          smem.parts[part] = QueryPart<kRank, Traits::kPass>(params.schedule.axes, decoded, smem.part_offset[part]);
-        }
-      }
+      if (lane == 0) find_tile(index);
       __syncwarp();
-      load(smem.produced_tile);
+      if (!smem.produced_tile.empty()) load(smem.produced_tile);
     }
     ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
@@ -113,6 +108,16 @@ struct PassProducer {
   }
 
  private:
+  __device__ __forceinline__ void find_tile(int index) {
+    smem.produced_tile = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
+    if (smem.produced_tile.empty()) return;
+#pragma unroll 1
+    for (int part = 0; part < Traits::kParts; ++part) {
+      smem.parts[part] =
+          QueryPart<kRank, Traits::kPass>(params.schedule.axes, smem.produced_tile, smem.part_offset[part]);
+    }
+  }
+
   // No lane may fall behind by a phase.
   __device__ __forceinline__ void wait(uint64_t* empty, uint32_t parity) {
     ptx::barrier_wait(empty, parity);
@@ -134,22 +139,20 @@ struct PassProducer {
       for (bool more = true; more;) {
         const KeyTileCursor<kRank> current = cursor;
         more = cursor.next(axes, tile.extent);
-        load_columns(tile, current.begin, head, head + 1 == first + heads && !more);
-        if (kAhead > 0 && --ahead == 0) load_rows(tile);
+        const bool last = head + 1 == first + heads && !more;
+        load_columns(tile, current.begin, head, last);
+        if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows(tile);
       }
     }
-    if (kAhead > 0 && ahead > 0) load_rows(tile);
   }
 
   __device__ __forceinline__ void load_rows(const QueryTile& tile) {
     wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
-      const TiledAxis* axes = params.schedule.axes;
       const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
-      const int rows = axes[0].query_part * axes[1].query_part * axes[2].query_part;
       uint64_t* full = &smem.row_full[slot.index];
       smem.row_records[slot.index] = {tile, slab, map, 1};
-      ptx::barrier_arrive_expecting(full, Traits::kParts * kOperands * rows * Traits::kChunks * Traits::kRowBytes);
+      ptx::barrier_arrive_expecting(full, params.row_bytes);
 #pragma unroll 1
       for (int part = 0; part < Traits::kParts; ++part) {
         const int (&offset)[kMaxRank] = smem.part_offset[part];
@@ -179,11 +182,10 @@ struct PassProducer {
       }
       smem.column_records[stage.index] = {{begin[0], begin[1], begin[2]}, classes};
       const int slab = params.column_address.slab<kRank>(tile, head), map = map_variant<kRank>(params, tile);
-      const int bytes = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kChunks * Traits::kRowBytes;
 #pragma unroll 1
       for (int operand = 0; operand < kOperands; ++operand) {
         uint64_t* full = &smem.column_full[stage.index][operand];
-        ptx::barrier_arrive_expecting(full, bytes);
+        ptx::barrier_arrive_expecting(full, params.column_bytes);
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
           ptx::tma_load(ptx::shared_address(smem.column[stage.index][operand][c]), &params.maps[map].column[operand],

@@ -28,6 +28,7 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
 __device__ inline void from_float(float x, __half& y) { y = __float2half(x); }
+__device__ inline void from_float(float x, float& y) { y = x; }
 
 __device__ inline uint32_t hash(uint64_t x) {
   x ^= x >> 33;
