@@ -1,6 +1,6 @@
 // The sm_90 backward against the definition, on the CPU.
 //
-//   test_sm90_backward [N [SEED]]   N random problems under random plans (default 30, 0)
+//   test_sm90_backward [N [SEED]]   a problem for the rings, and N random ones under random plans (default 30, 0)
 //   test_sm90_backward hard [SEED]  those of the hard problems that are not too large, under random plans
 #include <algorithm>
 #include <chrono>
@@ -124,6 +124,12 @@ int main(int argc, char** argv) {
   } else {
     const int count = argc > 1 ? std::atoi(argv[1]) : 30;
     const unsigned seed = argc > 2 ? unsigned(std::atoi(argv[2])) : 0;
+    // Each part of a tile passes over more column tiles than the ring holds.
+    const Problem passed_over =
+        driver::make_problem("passed over", DType::kBFloat16, 1, 2, 1, 64, {256}, {3}, {1}, {1});
+    wrong +=
+        !check(passed_over, driver::parse_backward_plan("large:1,1,128:1,1,64:1,1,4/large:1,1,128:1,1,64:1,1,4"), seed);
+    ++total;
     for (int i = 0; i < count; ++i) {
       std::mt19937 random(seed + unsigned(i));
       check_under_random_plan(driver::random_problem(random, i, {150, 18, 8}), random, seed + unsigned(i));
