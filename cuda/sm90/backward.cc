@@ -33,7 +33,7 @@ FindInstance find_instances(Walk pass, int dim) {
 int row_heads(Walk pass, const FusedShape& shape) { return pass == kQueryPass ? shape.heads : shape.kv_heads; }
 
 const char* why_not_pass(Walk pass, const FusedShape& shape, const PassPlan& plan) {
-  const int dim = compiled_dim(shape.dim);
+  const int dim = compiled_head_dim(shape.dim);
   if (plan.small && !has_small_shape(dim)) return "has no variant for small windows at this head dimension";
   if (const char* reason = why_not_tiles(shape, plan, row_heads(pass, shape))) return reason;
   const PassShape compiled = pass_shape(pass, dim, plan.small);
@@ -86,7 +86,7 @@ cudaError_t set_up_maps(const FusedBackwardParams& problem, const PassTensors& t
 
 cudaError_t launch_pass(Walk pass, const FusedBackwardParams& problem, const PassPlan& plan, cudaStream_t stream) {
   const Neighborhood& neighborhood = problem.neighborhood;
-  const PassShape compiled = pass_shape(pass, compiled_dim(problem.dim), plan.small);
+  const PassShape compiled = pass_shape(pass, compiled_head_dim(problem.dim), plan.small);
   const PassTensors tensors = tensors_of(pass, problem);
   BackwardParams params;
   set_up_tiles(problem, plan, tensors.row_heads, params);

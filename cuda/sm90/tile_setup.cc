@@ -29,7 +29,7 @@ TileSchedule make_schedule(const FusedShape& shape, const Tiles& tiles, int head
 
 }  // namespace
 
-int compiled_dim(int dim) {
+int compiled_head_dim(int dim) {
   for (const int compiled : {32, 64, 96, 128, 192, 256}) {
     if (dim <= compiled) return compiled;
   }

@@ -19,7 +19,7 @@ struct Tiles {
 inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
 
 // The head dimension that kernels for `dim` are compiled for; 0 if it is too large.
-int compiled_dim(int dim);
+int compiled_head_dim(int dim);
 
 // Why the tensor maps and 32-bit indices of the kernels do not suit a problem; nullptr if they do.
 const char* why_not_layout(const FusedShape& shape);

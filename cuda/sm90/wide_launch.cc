@@ -33,7 +33,7 @@ const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
   if (plan.heads != 1) return "tiles have one head";
   if (product(plan.query_tile) != kWideGroups * product(plan.query_part)) return "query tiles must have two parts";
   if (product(plan.query_part) > kWideGroupRows) return "a warpgroup has at most 64 queries";
-  if (product(plan.key_tile) > wide_shape(compiled_dim(shape.dim)).keys) return "key tiles have too many keys";
+  if (product(plan.key_tile) > wide_shape(compiled_head_dim(shape.dim)).keys) return "key tiles have too many keys";
   return nullptr;
 }
 
@@ -41,7 +41,7 @@ cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cud
   if (why_not_wide(problem, plan) != nullptr) return cudaErrorInvalidValue;
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
 
-  const WideShape compiled = wide_shape(compiled_dim(problem.dim));
+  const WideShape compiled = wide_shape(compiled_head_dim(problem.dim));
   WideParams params;
   cudaError_t error = set_up_forward(problem, plan, compiled.chunk, /*query_box_is_part=*/true, params);
   if (error != cudaSuccess) return error;

@@ -49,7 +49,7 @@ inline sm90::BackwardPlan parse_backward_plan(const std::string& text) {
 }
 
 inline sm90::PassPlan random_pass_plan(std::mt19937& random, const FusedShape& shape, Walk pass) {
-  const int rank = shape.neighborhood.rank, dim = sm90::compiled_dim(shape.dim);
+  const int rank = shape.neighborhood.rank, dim = sm90::compiled_head_dim(shape.dim);
   sm90::PassPlan plan;
   plan.small = sm90::has_small_shape(dim) && random() % 2;
   const sm90::PassShape compiled = sm90::pass_shape(pass, dim, plan.small);
