@@ -2,11 +2,15 @@
 # editable build in it that compiles only what changed. They need Python >= 3.11 and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
-# Build the CUDA library: AUTO (if there is an nvcc), ON or OFF. `make demo` alone builds for the CPU.
+# Build the CUDA library: AUTO (if there is an nvcc), ON or OFF, for these architectures: the fewest that show whether
+# every kernel compiles. `make demo` alone builds for the CPU.
 CUDA ?= AUTO
+CUDA_ARCHS ?= 80-real;90a-real
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 # Most of a GPU test is compilation on the host. The processes share the GPU.
 GPU_PYTEST_FLAGS ?= -n 8
+# For the benchmark of the Hopper kernels, e.g. --peers and a CSV file of other libraries' times.
+GPU_BENCH_FLAGS ?=
 DEMO_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -39,6 +43,8 @@ gpu-test:
 	PYTHONPATH=build/gpu $(PYTHON) -P -m jax_natten info
 	XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=build/gpu $(PYTHON) -P -m pytest $(GPU_PYTEST_FLAGS) tests/gpu
 	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py --groups large small --implementations sm90 --forward-only \
+	  $(GPU_BENCH_FLAGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu.py
@@ -62,7 +68,7 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.tools
 	touch $@
 
 $(VENV)/.dev: $(NATIVE) $(VENV)/.tools
-	JAX_NATTEN_CUDA=$(CUDA) JAX_NATTEN_WERROR=ON $(EDITABLE) ".[demo,test]"
+	JAX_NATTEN_CUDA=$(CUDA) JAX_NATTEN_CUDA_ARCHS="$(CUDA_ARCHS)" JAX_NATTEN_WERROR=ON $(EDITABLE) ".[demo,test]"
 	touch $@
 
 # A developer's build serves the demo too; else the demo gets one without CUDA, and without warnings as errors.

@@ -37,17 +37,17 @@ def compare(problem, peak: float, repeats: int) -> list[dict]:
         "gather": report.gather(problem),
     }
     rows = []
-    for direction, work in (("forward", 1.0), ("forward+backward", 3.5)):
+    for direction, operations in (("forward", ["forward"]), ("forward+backward", ["forward", "backward"])):
         candidates = {}
         for name, attention in attentions.items():
-            function = attention if work == 1 else report.with_gradients(attention)
-            operands = arrays[: 3 if work == 1 else 4]
+            function = attention if len(operations) == 1 else report.with_gradients(attention)
+            operands = arrays[: 2 + len(operations)]
             compiled = jax.jit(function).lower(*operands).compile()
             candidates[name] = lambda f=compiled, x=operands: jax.block_until_ready(f(*x))
         out = candidates["cpu"]()
-        error = report.error(problem, arrays, out if work == 1 else out[0])
+        error = report.error(problem, arrays, out if len(operations) == 1 else out[0])
         seconds = report.interleaved(candidates, repeats)
-        rate = work * report.flops(problem) / seconds["cpu"]
+        rate = report.cost(problem, jnp.float32, *operations)[0] / seconds["cpu"]
         rows.append(
             {"problem": problem.name, "direction": direction}
             | {f"{name} ms": 1e3 * value for name, value in seconds.items()}

@@ -1,17 +1,22 @@
 """Times implementations on a GPU, fused attention beside attention under a dense mask as XLA runs it.
 
     python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
+    python benchmarks/gpu.py --groups large small --implementations sm90 --forward-only --peers PEERS.csv
 
 A time is that of one call in a chain of calls inside one jitted function, each fed by the one before: launches overlap
-with the work of the call before, as in a model. Rates are those of the first implementation. Useful operations are
-those of the pairs inside windows, bandwidth counts every tensor once, and both are given as fractions of the device's
-peak (tensor cores, dense, for 16-bit types). Results are checked in the same run: outputs against float64 on random
-rows, fused gradients against those of "xla" in float32.
+with the work of the call before, as in a model. Rates are those of the first implementation that has a kernel. Useful
+operations are those of the pairs inside windows, bandwidth counts every tensor once, and both are given as fractions of
+the device's peak (tensor cores, dense, for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense
+attention on `dense16k_d128`, timed in the same run, since clocks differ between machines. --peers names a CSV file with
+the columns problem, peer, forward_kernel_ms and forward_call_ms; each peer gets a column with its time. Results are
+checked in the same run: outputs against float64 on random rows, fused gradients against those of "xla" in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +28,9 @@ import report
 from report import problems
 
 import jax_natten
+from jax_natten import dispatch, tiles
+from jax_natten.commands import spell
+from jax_natten.primitives import fused as primitives
 
 CALLS = 10  # per chain
 DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
@@ -39,45 +47,99 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", default=["small", "unfused"], choices=["small", "unfused", "large"])
     parser.add_argument("--only", nargs="*", help="names of problems in tests/problems.py")
     parser.add_argument("--implementations", nargs="*", default=["naive"])
+    parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
+    parser.add_argument("--peers", type=Path, help="CSV file of other libraries' times on this GPU model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     tables = {"small": problems.SMALL, "unfused": problems.UNFUSED, "large": problems.LARGE}
     rows = []
+    peers = read_peers(arguments.peers)
+    yardstick = None if arguments.groups == ["unfused"] else cudnn_rate(arguments.dtype, arguments.repeats)
     for group in arguments.groups:
         compare = compare_unfused if group == "unfused" else compare_fused
         for problem in tables[group].values():
-            if not arguments.only or problem.name in arguments.only:
-                for row in compare(problem, arguments.implementations, jnp.dtype(arguments.dtype), arguments.repeats):
-                    print(row, flush=True)
-                    rows.append(row)
-    name = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}_{arguments.dtype}.csv")
+            if arguments.only and problem.name not in arguments.only:
+                continue
+            for line in compare(problem, arguments, jnp.dtype(arguments.dtype)):
+                if line["direction"] == "forward":
+                    line |= {"of cuDNN": line["useful TFLOP/s"] / yardstick} if yardstick else {}
+                    line |= {f"{peer} ms": time for peer, time in peers.get(problem.name, {}).items()}
+                print(line, flush=True)
+                rows.append(line)
+    name = "_".join([jax.devices()[0].device_kind.lower().replace(" ", "_"), arguments.dtype])
+    name += "" if arguments.implementations == ["naive"] else "_" + "_".join(arguments.implementations)
+    report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}.csv")
 
 
-def compare_fused(problem, implementations, dtype, repeats: int):
-    """A row for the forward and one for forward and backward."""
+def compare_fused(problem, arguments, dtype):
+    """A row for the forward and, unless it is not wanted, one for forward and backward."""
+    implementations, repeats = arguments.implementations, arguments.repeats
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
     if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
         attentions["dense"] = report.dense_mask(problem)
-    lse_bytes = 4 * math.prod(arrays[0].shape[:-1])
-    qkv_bytes = sum(x.nbytes for x in arrays[:3])
-    # The backward reads query, key, value, out, its cotangent and the LSE (and its cotangent), and writes gradients.
-    forward_bytes = qkv_bytes + arrays[3].nbytes + lse_bytes
-    both_bytes = forward_bytes + 2 * qkv_bytes + 2 * arrays[3].nbytes + 2 * lse_bytes
-    for direction, step, work, moved in (
-        ("forward", forward_step, 1.0, forward_bytes),
-        ("forward+backward", gradient_step, 3.5, both_bytes),
+    for direction, step, operations in (
+        ("forward", forward_step, ["forward"]),
+        ("forward+backward", gradient_step, ["forward", "backward"]),
     ):
+        if len(operations) > 1 and arguments.forward_only:
+            return
         times = time_chains({name: step(f) for name, f in attentions.items()}, arrays, repeats)
-        error = check_fused(problem, arrays, attentions[implementations[0]], gradients=work > 1)
-        yield row(problem, direction, times, implementations[0], work * report.flops(problem), moved, error, dtype)
+        first = next((name for name in implementations if isinstance(times[name], float)), implementations[0])
+        timed = isinstance(times[first], float)
+        error = check_fused(problem, arrays, attentions[first], gradients=len(operations) > 1) if timed else math.nan
+        line = row(problem, direction, times, first, *report.cost(problem, dtype, *operations), error, dtype)
+        yield line | (tile_columns(problem, dtype) if first == "sm90" and len(operations) == 1 else {})
 
 
-def compare_unfused(problem, implementations, dtype, repeats: int):
+def tile_columns(problem, dtype) -> dict:
+    """What the Hopper kernels ran with, and what their cost model expected."""
+    (expected,) = tiles.simulate(described(problem, dtype))
+    return {"tiles": spell(expected.tiles), "model ms": 1e3 * expected.seconds}
+
+
+def described(problem, dtype) -> dispatch.Problem:
+    query, key = (
+        jax.ShapeDtypeStruct((problem.batch, *problem.grid, heads, problem.dim), dtype)
+        for heads in (problem.heads, problem.kv_heads)
+    )
+    return primitives.problem("fused_forward", query, key, key, None, None, report.neighborhood(problem))
+
+
+def cudnn_rate(dtype, repeats: int) -> float | None:
+    """TFLOP/s of cuDNN's dense attention on `dense16k_d128`; None where it cannot run."""
+    problem = problems.LARGE["dense16k_d128"]
+    arrays = report.draw(problem, jnp.dtype(dtype), seed=0)
+    dense = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        seconds = time_chains({"cudnn": forward_step(dense)}, arrays, repeats)["cudnn"]
+    except (ValueError, RuntimeError) as failure:
+        seconds = str(failure)
+    if not isinstance(seconds, float):
+        print(f"no cuDNN attention to compare with: {seconds}", flush=True)
+        return None
+    rate = report.cost(problem, jnp.dtype(dtype), "forward")[0] / seconds / 1e12
+    print(f"cuDNN dense attention, dense16k_d128: {1e3 * seconds:.3f} ms, {rate:.0f} TFLOP/s", flush=True)
+    return rate
+
+
+def read_peers(path: Path | None) -> dict[str, dict[str, float]]:
+    """Milliseconds of other libraries' forward kernels by problem and library; of their call where that is all."""
+    found: dict[str, dict[str, float]] = {}
+    if path is not None:
+        with path.open() as file:
+            for line in csv.DictReader(file):
+                time = line["forward_kernel_ms"] or line["forward_call_ms"]
+                if time:
+                    found.setdefault(line["problem"], {})[line["peer"]] = float(time)
+    return found
+
+
+def compare_unfused(problem, arguments, dtype):
     """A row for each of the three kernels: QK, AV, and the gradient of AV's value."""
+    implementations, repeats = arguments.implementations, arguments.repeats
     query, key, value, d_out = report.draw(problem, dtype, seed=0)
     window = problem.window
     shape = (*query.shape[:-1], math.prod(problem.kernel_size))
@@ -92,16 +154,15 @@ def compare_unfused(problem, implementations, dtype, repeats: int):
     def inverse(implementation):
         return lambda a, d: jax.vjp(lambda v: nn(implementation)(a, v), value)[1](d)[0]
 
-    for name, make, arrays, output in (
-        ("PN", pn, (query, key), weights),
-        ("NN", nn, (weights, value), query),
-        ("IN", inverse, (weights, d_out), value),
+    for name, make, arrays, operation in (
+        ("PN", pn, (query, key), "qk"),
+        ("NN", nn, (weights, value), "av"),
+        ("IN", inverse, (weights, d_out), "av"),
     ):
         functions = {i: make(i) for i in implementations}
         times = time_chains({i: feed_last(f) for i, f in functions.items()}, arrays, repeats)
-        moved = sum(x.nbytes for x in (*arrays, output))
         error = report.unfused_error(name, problem, arrays, jax.jit(functions[implementations[0]])(*arrays))
-        yield row(problem, name, times, implementations[0], report.flops(problem) / 2, moved, error, dtype)
+        yield row(problem, name, times, implementations[0], *report.cost(problem, dtype, operation), error, dtype)
 
 
 def row(problem, direction, times, first, operations, moved, error, dtype) -> dict:
@@ -129,6 +190,8 @@ def time_chains(steps: dict[str, Callable], arrays, repeats: int) -> dict[str, f
             candidates[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
         except jax.errors.JaxRuntimeError as failure:
             notes[name] = str(failure).split(":")[0].lower()
+        except NotImplementedError:
+            notes[name] = "no kernel"
     times = {name: seconds / CALLS for name, seconds in report.interleaved(candidates, repeats).items()}
     return {name: times.get(name, notes.get(name, "-")) for name in steps}
 

@@ -78,9 +78,15 @@ def with_gradients(attention: Callable) -> Callable:
     return run
 
 
-def flops(problem) -> float:
-    """Useful floating-point operations of a forward; a backward counts 2.5 times that."""
-    return 4.0 * problem.batch * problem.heads * problem.dim * neighborhood(problem).pairs(problem.grid)
+def cost(problem, dtype, *operations: str) -> tuple[int, int]:
+    """Useful floating-point operations of the named operations of a problem, and the bytes that they must move."""
+    heads = (problem.heads, problem.kv_heads, problem.kv_heads)
+    call = [jax.ShapeDtypeStruct((problem.batch, *problem.grid, h, problem.dim), dtype) for h in heads]
+    flops, moved = (
+        sum(count(*call, **problem.window, operation=operation) for operation in operations)
+        for count in (jax_natten.flops, jax_natten.bytes_accessed)
+    )
+    return flops, moved
 
 
 def interleaved(candidates: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -202,8 +208,8 @@ def _driver() -> str:
 
 def publish(rows: list[dict], path: Path) -> None:
     """Prints rows as a table and writes them, with the machine, as CSV."""
-    columns = list(rows[0])
-    cells = [columns, *([_text(row[c]) for c in columns] for row in rows)]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([_text(row.get(c, "-")) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     facts = machine()
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -213,7 +219,7 @@ def publish(rows: list[dict], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *facts])
         writer.writeheader()
-        writer.writerows([{k: _text(v) for k, v in row.items()} | facts for row in rows])
+        writer.writerows([{c: _text(row.get(c, "-")) for c in columns} | facts for row in rows])
 
 
 def _text(value) -> str:

@@ -21,16 +21,15 @@ class BiasTable {
 
   JAX_NATTEN_INLINE int64_t size() const { return size_; }
 
-  // s = scale * s + bias for the products of row `r` of a tile with the columns in its window. `row` is the row's
-  // in-group coordinate on the innermost axis, `table` the table of its head.
+  // Adds the bias to the scores of row `r` of a tile and the columns in its window. `row` is the row's in-group
+  // coordinate on the innermost axis, `table` the table of its head.
   template <bool inverse, typename Real>
-  JAX_NATTEN_INLINE void add_to(const Step& step, int r, int row, const Real* table, Real scale, Real* s,
-                                int line_stride) const {
+  JAX_NATTEN_INLINE void add_to(const Step& step, int r, int row, const Real* table, Real* s, int line_stride) const {
     for (int l = 0; l < step.line_count; ++l, s += line_stride) {
       const ColumnLine& column = step.columns[l];
       const int d0 = column.j0 - step.line->i0, d1 = column.j1 - step.line->i1, d2 = step.position - row;
       const Real* bias = table + (inverse ? entry(-d0, -d1, -d2) : entry(d0, d1, d2));
-      for (int n = step.begin[r]; n < step.end[r]; ++n) s[n] = scale * s[n] + bias[inverse ? -n : n];
+      for (int n = step.begin[r]; n < step.end[r]; ++n) s[n] += bias[inverse ? -n : n];
     }
   }
 

@@ -19,10 +19,10 @@ JAX_NATTEN_INLINE int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1)
 
 // Budgets, in bytes of packed columns. A panel should stay in the second-level cache of a core, what a step of tiles
 // reads should about fit the first level. Rows' accumulators share the second level with the panel.
-constexpr int64_t kPanelBytes = 384 << 10, kStepBytes = 24 << 10, kRowBytes = 128 << 10;
+constexpr int64_t kPanelBytes = 768 << 10, kStepBytes = 24 << 10, kRowBytes = 384 << 10;
 // Boxes grow, to pack fewer columns more than once, while there are more than enough of them for many threads, or
 // while they hold less work (multiply-adds) than pays for being scheduled.
-constexpr int64_t kEnoughBoxes = 64, kLeastWork = 1 << 20;
+constexpr int64_t kEnoughBoxes = 32, kLeastWork = 1 << 20;
 
 struct Box {
   int group[kMaxRank], length[kMaxRank];  // dilation groups and their lengths

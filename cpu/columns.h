@@ -3,21 +3,10 @@
 #pragma once
 
 #include "matmul.h"
+#include "rows.h"
 #include "sweep.h"
 
 namespace jax_natten::cpu::JAX_NATTEN_ISA {
-
-// A tensor [batch, positions, heads, dim].
-struct Tensor {
-  DType dtype;
-  const void* data;
-  int64_t positions;
-  int heads, dim;
-
-  JAX_NATTEN_INLINE int64_t offset(int64_t batch, int64_t position, int head) const {
-    return ((batch * positions + position) * heads + head) * dim;
-  }
-};
 
 template <typename Real>
 class Columns {
@@ -34,7 +23,7 @@ class Columns {
     stride_ = ((boxes.panel[2] + W - 1 + kCacheLine - 1) / kCacheLine | 1) * kCacheLine;
     const int64_t slots = int64_t(boxes.panel[0]) * boxes.panel[1];
     if (layout & kTransposed) transposed_ = arena.take<Real>(slots * dim * stride_);
-    rows_ = arena.take<Real>(layout & kRows ? slots * capacity_ * width_ : int64_t(W) * width_);
+    if (layout & kRows) rows_ = arena.take<Real>(slots * capacity_ * width_);
   }
 
   static JAX_NATTEN_INLINE int64_t bytes_per_column(int dim, Layout layout) {
@@ -43,24 +32,36 @@ class Columns {
 
   JAX_NATTEN_INLINE void begin_panel() { finite_ = true; }
 
-  // Packs one line: `count` columns, the first at element `offset` of the tensor, `stride` elements apart.
-  void pack(const Tensor& tensor, int slot, int64_t offset, int64_t stride, int count) {
-    Vec<Real> zeros = {};  // becomes NaN if any element is not finite
-    for (int first = 0; first < count; first += W) {
-      Real* rows = layout_ & kRows ? rows_ + (int64_t(slot) * capacity_ + first) * width_ : rows_;
-      const int filled = imin(W, count - first);
-      for (int j = 0; j < W; ++j) {
-        Real* row = rows + j * width_;
-        const int from_tensor = j < filled ? dim_ : 0;
-        if (from_tensor) load_row(tensor.dtype, tensor.data, offset + (first + j) * stride, dim_, row);
-        for (int d = from_tensor; d < width_; ++d) row[d] = 0;
+  // Packs one line, times `factor`: `count` columns, the first at element `offset` of the tensor, `stride` elements
+  // apart. The line at `next` will be packed next.
+  void pack(const Tensor& tensor, int slot, int64_t offset, int64_t next, int64_t stride, int count, Real factor) {
+    with_storage<Real>(tensor.dtype, [&](auto element) {
+      using T = decltype(element);
+      const T* first = static_cast<const T*>(tensor.data) + offset;
+      Vec<Real> zeros = {};  // becomes NaN if any element is not finite
+      for (int column = 0; column < count; column += W) {
+        const T* from[W];  // the last block repeats the last column
+        for (int j = 0; j < W; ++j) from[j] = first + imin(column + j, count - 1) * stride;
+        const int ahead = column + kPrefetched;
+        const T* coming = ahead < count ? first + ahead * stride : first + (next - offset) + (ahead - count) * stride;
+        for (int j = 0; j < W; ++j) prefetch(coming + j * stride, dim_);
+        Real* rows = layout_ & kRows ? rows_ + (int64_t(slot) * capacity_ + column) * width_ : nullptr;
+        Real* transposed = layout_ & kTransposed ? transposed_ + int64_t(slot) * dim_ * stride_ + column : nullptr;
+        int d = 0;
+        for (; d + W <= dim_; d += W) {
+          Vec<Real> square[W];
+#pragma GCC unroll 16
+          for (int j = 0; j < W; ++j) square[j] = factor * load_as_real(from[j] + d);
+          zeros += pack_square(square, d, W, rows, transposed);
+        }
+        if (d < dim_) {
+          Vec<Real> square[W];
+          for (int j = 0; j < W; ++j) square[j] = factor * load_some_as_real<Real>(from[j] + d, dim_ - d);
+          zeros += pack_square(square, d, dim_ - d, rows, transposed);
+        }
       }
-      if (layout_ & kRows) {
-        for (int i = 0; i < filled * width_; i += W) zeros += load(rows + i) * Real(0);
-      }
-      if (layout_ & kTransposed) transpose_block(rows, transposed_ + int64_t(slot) * dim_ * stride_ + first);
-    }
-    finite_ &= sum_of_lanes<Real>(zeros) == 0;
+      finite_ &= sum_of_lanes<Real>(zeros) == 0;
+    });
   }
 
   // Whether all of the panel's columns are finite. Only known of those that are packed as rows.
@@ -105,45 +106,50 @@ class Columns {
   }
 
  private:
-  JAX_NATTEN_INLINE void transpose_block(const Real* rows, Real* to) {
-    for (int d = 0; d < dim_; d += W) {
-      Vec<Real> square[W];
+  // Stores W columns of the elements d .. d + W - 1, of which `filled` exist.
+  JAX_NATTEN_INLINE Vec<Real> pack_square(Vec<Real> (&square)[W], int d, int filled, Real* rows,
+                                          Real* transposed) const {
+    Vec<Real> zeros = {};
+    if (rows) {
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) square[j] = load(rows + j * width_ + d);
-      transpose<Real>(square);
-      const int filled = imin(W, dim_ - d);
-      if (filled == W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(to + int64_t(d + i) * stride_, square[i]);
-      } else {
-        for (int i = 0; i < filled; ++i) store(to + int64_t(d + i) * stride_, square[i]);
+      for (int j = 0; j < W; ++j) {
+        zeros += square[j] * Real(0);
+        store(rows + int64_t(j) * width_ + d, square[j]);
       }
     }
+    if (transposed) {
+      transpose<Real>(square);
+      for (int i = 0; i < filled; ++i) store(transposed + int64_t(d + i) * stride_, square[i]);
+    }
+    return zeros;
   }
 
   Layout layout_;
   int dim_, width_, capacity_, stride_;
   bool finite_ = true;
-  Real* transposed_ = nullptr;
-  Real* rows_;
+  Real *transposed_ = nullptr, *rows_ = nullptr;
 };
 
 // Packs a panel of a tensor. Additional columns are those of the tensor itself, without a grid.
 template <typename Real>
 JAX_NATTEN_INLINE void pack_panel(Columns<Real>& columns, const Tensor& tensor, const Neighborhood& neighborhood,
-                                  const Box& box, const Panel& panel, int64_t batch, int head) {
+                                  const Box& box, const Panel& panel, int64_t batch, int head, Real factor = 1) {
   columns.begin_panel();
   const int64_t stride = int64_t(tensor.heads) * tensor.dim;
   if (panel.additional) {
-    columns.pack(tensor, 0, tensor.offset(batch, panel.begin[2], head), stride, panel.extent(2));
+    const int64_t offset = tensor.offset(batch, panel.begin[2], head);
+    columns.pack(tensor, 0, offset, offset, stride, panel.extent(2), factor);
     return;
   }
+  const auto offset_of = [&](int j0, int j1) {
+    return tensor.offset(batch, position(neighborhood, box, j0, j1, panel.begin[2]), head);
+  };
   int slot = 0;
   for (int j0 = panel.begin[0]; j0 < panel.end[0]; ++j0) {
     for (int j1 = panel.begin[1]; j1 < panel.end[1]; ++j1, ++slot) {
-      const int64_t first = position(neighborhood, box, j0, j1, panel.begin[2]);
-      columns.pack(tensor, slot, tensor.offset(batch, first, head), stride * neighborhood.axes[2].dilation,
-                   panel.extent(2));
+      const int64_t next = j1 + 1 < panel.end[1] ? offset_of(j0, j1 + 1) : offset_of(j0 + 1, panel.begin[1]);
+      columns.pack(tensor, slot, offset_of(j0, j1), next, stride * neighborhood.axes[2].dilation, panel.extent(2),
+                   factor);
     }
   }
 }

@@ -16,7 +16,6 @@ void backward_delta(const FusedBackwardParams& p, Executor& executor) {
   const int width = padded<Real>(p.value_dim);
   parallel(executor, ceil_divide(rows, kRowsPerTask), 2 * width * sizeof(Real), [&](int64_t task, void* scratch) {
     Real *out = static_cast<Real*>(scratch), *d_out = out + width;
-    for (int d = p.value_dim; d < width; ++d) out[d] = d_out[d] = 0;
     for (int64_t row = task * kRowsPerTask; row < min64((task + 1) * kRowsPerTask, rows); ++row) {
       load_row(p.dtype, p.out, row * p.value_dim, p.value_dim, out);
       load_row(p.dtype, p.d_out, row * p.value_dim, p.value_dim, d_out);
@@ -45,7 +44,8 @@ void backward_reduce(const FusedBackwardParams& p, const typename FusedBackwardQ
 
   // A task is an additional key of a batch element and key head.
   const int64_t heads = p.batch * p.kv_heads, width = p.dim + p.value_dim;
-  parallel(executor, heads * p.additional, width * sizeof(Real), [&](int64_t task, void* scratch) {
+  const int64_t padded_sums = width + kLanes<Real>;  // for reads of whole vectors
+  parallel(executor, heads * p.additional, padded_sums * sizeof(Real), [&](int64_t task, void* scratch) {
     const int64_t head = task / p.additional, key = task % p.additional;
     Real* sum = static_cast<Real*>(scratch);
     for (int64_t d = 0; d < width; ++d) sum[d] = 0;
@@ -54,7 +54,7 @@ void backward_reduce(const FusedBackwardParams& p, const typename FusedBackwardQ
       for (int64_t d = 0; d < width; ++d) sum[d] += partial[d];
     }
     const int64_t row = (head / p.kv_heads * p.additional + key) * p.kv_heads + head % p.kv_heads;
-    store_row(p.dtype, p.d_additional_keys, row * p.dim, p.dim, sum, Real(p.scale));
+    store_row(p.dtype, p.d_additional_keys, row * p.dim, p.dim, sum);
     store_row(p.dtype, p.d_additional_values, row * p.value_dim, p.value_dim, sum + p.dim);
   });
 }

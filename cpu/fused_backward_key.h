@@ -54,18 +54,22 @@ class FusedBackwardKey {
     kv_head_ = int(task % p_.kv_heads);
     batch_ = task / p_.kv_heads;
     const int64_t rows = int64_t(box_.extent(0)) * box_.extent(1) * box_.extent(2);
-    for (int64_t i = 0; i < rows * queries_.width(); ++i) d_key_[i] = 0;
-    for (int64_t i = 0; i < rows * d_outs_.width(); ++i) d_value_[i] = 0;
+    fill_zero(d_key_, rows * queries_.width());
+    fill_zero(d_value_, rows * d_outs_.width());
     sweep_.begin_box(box_);
     for (head_ = kv_head_ * p_.group(); head_ < (kv_head_ + 1) * p_.group(); ++head_) sweep_.neighbors(*this);
-    finish();
+    const int64_t positions = p_.neighborhood.positions();
+    store_box({p_.dtype, p_.d_key, positions, p_.kv_heads, p_.dim}, p_.neighborhood, box_, batch_, kv_head_, 1, d_key_,
+              queries_.width());
+    store_box({p_.dtype, p_.d_value, positions, p_.kv_heads, p_.value_dim}, p_.neighborhood, box_, batch_, kv_head_, 1,
+              d_value_, d_outs_.width());
   }
 
   void pack(const Panel& panel) {
     const int64_t positions = p_.neighborhood.positions();
     const Tensor queries = {p_.dtype, p_.query, positions, p_.heads, p_.dim};
     const Tensor d_outs = {p_.dtype, p_.d_out, positions, p_.heads, p_.value_dim};
-    pack_panel(queries_, queries, p_.neighborhood, box_, panel, batch_, head_);
+    pack_panel(queries_, queries, p_.neighborhood, box_, panel, batch_, head_, Real(p_.scale));
     pack_panel(d_outs_, d_outs, p_.neighborhood, box_, panel, batch_, head_);
     const int64_t stride = int64_t(p_.neighborhood.axes[2].dilation) * p_.heads;
     int64_t slot = 0;
@@ -84,11 +88,11 @@ class FusedBackwardKey {
   JAX_NATTEN_INLINE bool has_nonfinite() const { return !queries_.finite() || !d_outs_.finite(); }
 
   void begin_line(const Line& line) {
-    for (int i = 0; i < box_.extent(2); ++i) {
-      const int64_t row = key_row(position(p_.neighborhood, box_, line.i0, line.i1, box_.begin[2] + i));
-      load_row(p_.dtype, p_.key, row * p_.dim, p_.dim, key_ + int64_t(i) * p_.dim);
-      load_row(p_.dtype, p_.value, row * p_.value_dim, p_.value_dim, value_ + int64_t(i) * p_.value_dim);
-    }
+    const int64_t positions = p_.neighborhood.positions();
+    load_line({p_.dtype, p_.key, positions, p_.kv_heads, p_.dim}, p_.neighborhood, box_, line, batch_, kv_head_, 1,
+              key_);
+    load_line({p_.dtype, p_.value, positions, p_.kv_heads, p_.value_dim}, p_.neighborhood, box_, line, batch_, kv_head_,
+              1, value_);
   }
 
   template <int rows>
@@ -107,9 +111,9 @@ class FusedBackwardKey {
       if (p_.has_bias()) {
         const int64_t head = batch_ / (p_.batch / p_.bias_batch) * p_.heads + head_;
         const Real* table = static_cast<const Real*>(p_.bias) + head * bias_.size();
-        bias_.add_to<true>(step, r, box_.begin[2] + step.row + r, table, Real(p_.scale), s, line_stride);
+        bias_.add_to<true>(step, r, box_.begin[2] + step.row + r, table, s, line_stride);
       }
-      score_gradients(step, r, p_.has_bias() ? Real(1) : Real(p_.scale), column(lses_), column(deltas_), s, ds);
+      score_gradients(step, r, column(lses_), column(deltas_), s, ds);
     }
     const Real ones[kTileRows] = {1, 1, 1, 1};
     const int64_t row = int64_t(step.line->index) * box_.extent(2) + step.row;
@@ -120,23 +124,6 @@ class FusedBackwardKey {
   }
 
  private:
-  JAX_NATTEN_INLINE int64_t key_row(int64_t x) const {
-    return (batch_ * p_.neighborhood.positions() + x) * p_.kv_heads + kv_head_;
-  }
-
-  void finish() {
-    int64_t row = 0;
-    for (int i0 = box_.begin[0]; i0 < box_.end[0]; ++i0) {
-      for (int i1 = box_.begin[1]; i1 < box_.end[1]; ++i1) {
-        for (int i2 = box_.begin[2]; i2 < box_.end[2]; ++i2, ++row) {
-          const int64_t to = key_row(position(p_.neighborhood, box_, i0, i1, i2));
-          store_row(p_.dtype, p_.d_key, to * p_.dim, p_.dim, d_key_ + row * queries_.width(), Real(p_.scale));
-          store_row(p_.dtype, p_.d_value, to * p_.value_dim, p_.value_dim, d_value_ + row * d_outs_.width());
-        }
-      }
-    }
-  }
-
   const FusedBackwardParams& p_;
   const Boxes& boxes_;
   const Real* delta_;

@@ -8,17 +8,17 @@
 
 namespace jax_natten::cpu::JAX_NATTEN_ISA {
 
-// s = exp(s - lse), the probabilities, and dp = s (dp - delta), the gradients of the scaled scores, both zero outside
+// s = exp(s - lse), the probabilities, and dp = s (dp - delta), the gradients of the scores, both zero outside
 // of the row's window. `lse` and `delta` hold vectors for each column, or constants for the row.
 template <typename Real, typename Lse, typename Delta>
-JAX_NATTEN_INLINE void score_gradients(const Step& step, int r, Real scale, Lse lse, Delta delta, Real* s, Real* dp) {
+JAX_NATTEN_INLINE void score_gradients(const Step& step, int r, Lse lse, Delta delta, Real* s, Real* dp) {
   constexpr int W = kLanes<Real>;
   const int vectors = padded<Real>(step.count) / W;
   for (int v = 0; v < vectors; ++v) {
     const Mask<Real> own = lanes_between<Real>(step.begin[r] - v * W, step.end[r] - v * W);
     for (int l = 0; l < step.line_count; ++l) {
       const int at = (l * vectors + v) * W;
-      const Vec<Real> p = exp<Real>(load(s + at) * scale - lse(l, v * W));
+      const Vec<Real> p = exp<Real>(load(s + at) - lse(l, v * W));
       const Vec<Real> ds = p * (load(dp + at) - delta(l, v * W));
       store(s + at, own ? p : Vec<Real>{});
       store(dp + at, own ? ds : Vec<Real>{});
@@ -100,12 +100,12 @@ class FusedBackwardQuery {
     if (p_.has_bias()) {
       bias_offset_ = (shared * p_.heads + int64_t(kv_head_) * group_) * bias_.size();
       d_bias_ = partials_.bias + part_ * Partials::bias_elements(p_) + bias_offset_;
-      fill_zero(d_bias_, group_ * bias_.size());
+      for (int64_t i = 0; i < group_ * bias_.size(); ++i) d_bias_[i] = 0;
     }
     for (batch_ = shared * batches; batch_ < (shared + 1) * batches; ++batch_) {
       const int64_t elements = Partials::additional_elements(p_);
       d_additional_ = partials_.additional + ((part_ * p_.batch + batch_) * p_.kv_heads + kv_head_) * elements;
-      fill_zero(d_additional_, elements);
+      for (int64_t i = 0; i < elements; ++i) d_additional_[i] = 0;
       const int64_t end = boxes_.total * (part_ + 1) / partials_.parts;
       for (int64_t index = boxes_.total * part_ / partials_.parts; index < end; ++index) box(index);
     }
@@ -124,14 +124,17 @@ class FusedBackwardQuery {
   JAX_NATTEN_INLINE bool has_nonfinite() const { return !keys_.finite(); }
 
   void begin_line(const Line& line) {
+    const int64_t positions = p_.neighborhood.positions();
+    load_line({p_.dtype, p_.query, positions, p_.heads, p_.dim}, p_.neighborhood, box_, line, batch_, kv_head_ * group_,
+              group_, query_, Real(p_.scale));
+    load_line({p_.dtype, p_.d_out, positions, p_.heads, p_.value_dim}, p_.neighborhood, box_, line, batch_,
+              kv_head_ * group_, group_, d_out_);
     for (int i = 0; i < box_.extent(2); ++i) {
-      const int64_t row = first_head(position(p_.neighborhood, box_, line.i0, line.i1, box_.begin[2] + i));
-      const int64_t to = int64_t(i) * group_;
-      load_row(p_.dtype, p_.query, row * p_.dim, group_ * p_.dim, query_ + to * p_.dim);
-      load_row(p_.dtype, p_.d_out, row * p_.value_dim, group_ * p_.value_dim, d_out_ + to * p_.value_dim);
+      const int64_t x = position(p_.neighborhood, box_, line.i0, line.i1, box_.begin[2] + i);
+      const int64_t head = (batch_ * positions + x) * p_.heads + kv_head_ * group_;
       for (int g = 0; g < group_; ++g) {
-        lse_[to + g] = static_cast<const Real*>(p_.lse)[row + g];
-        delta_[to + g] = partials_.delta[row + g];
+        lse_[i * group_ + g] = static_cast<const Real*>(p_.lse)[head + g];
+        delta_[i * group_ + g] = partials_.delta[head + g];
       }
     }
   }
@@ -149,12 +152,10 @@ class FusedBackwardQuery {
       Real *s = scores_ + r * score_stride_, *ds = d_scores_ + r * score_stride_;
       if (biased) {
         const Real* table = static_cast<const Real*>(p_.bias) + bias_offset_ + head * bias_.size();
-        bias_.add_to<false>(step, r, i2, table, Real(p_.scale), s, line_stride);
+        bias_.add_to<false>(step, r, i2, table, s, line_stride);
       }
       const Vec<Real> lse = broadcast(lse_[row]), delta = broadcast(delta_[row]);
-      score_gradients(
-          step, r, biased ? Real(1) : Real(p_.scale), [&](int, int) { return lse; }, [&](int, int) { return delta; }, s,
-          ds);
+      score_gradients(step, r, [&](int, int) { return lse; }, [&](int, int) { return delta; }, s, ds);
       if (biased) bias_.add_gradient(step, r, i2, ds, line_stride, d_bias_ + head * bias_.size());
     }
     if (step.additional) add_additional<rows>(step, query, d_out);
@@ -165,14 +166,6 @@ class FusedBackwardQuery {
   }
 
  private:
-  static JAX_NATTEN_INLINE void fill_zero(Real* data, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) data[i] = 0;
-  }
-
-  JAX_NATTEN_INLINE int64_t first_head(int64_t x) const {
-    return (batch_ * p_.neighborhood.positions() + x) * p_.heads + int64_t(kv_head_) * group_;
-  }
-
   void box(int64_t index) {
     box_ = box_at(p_.neighborhood, boxes_, index);
     if (is_empty(box_)) return;
@@ -182,18 +175,8 @@ class FusedBackwardQuery {
     sweep_.neighbors(*this);
     sweep_.additional(*this, p_.additional);
 
-    int64_t row = 0;
-    for (int i0 = box_.begin[0]; i0 < box_.end[0]; ++i0) {
-      for (int i1 = box_.begin[1]; i1 < box_.end[1]; ++i1) {
-        for (int i2 = box_.begin[2]; i2 < box_.end[2]; ++i2) {
-          const int64_t head = first_head(position(p_.neighborhood, box_, i0, i1, i2));
-          for (int g = 0; g < group_; ++g, ++row) {
-            store_row(p_.dtype, p_.d_query, (head + g) * p_.dim, p_.dim, d_query_ + row * keys_.width(),
-                      Real(p_.scale));
-          }
-        }
-      }
-    }
+    store_box({p_.dtype, p_.d_query, p_.neighborhood.positions(), p_.heads, p_.dim}, p_.neighborhood, box_, batch_,
+              kv_head_ * group_, group_, d_query_, keys_.width(), Real(p_.scale));
   }
 
   template <int rows>

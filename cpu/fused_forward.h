@@ -56,7 +56,7 @@ class FusedForward {
     batch_ = task / p_.kv_heads;
 
     const int64_t rows = int64_t(box_.extent(0)) * box_.extent(1) * box_.extent(2) * group_;
-    for (int64_t i = 0; i < rows * values_.width(); i += W) store(out_ + i, Vec<Real>{});
+    fill_zero(out_, rows * values_.width());
     for (int64_t row = 0; row < rows; ++row) {
       max_[row] = -kInfinity<Real>;
       sum_[row] = 0;
@@ -79,85 +79,89 @@ class FusedForward {
   JAX_NATTEN_INLINE bool has_nonfinite() const { return !values_.finite(); }
 
   void begin_line(const Line& line) {
-    const int64_t step = int64_t(group_) * p_.dim;
-    for (int i = 0; i < box_.extent(2); ++i) {
-      const int64_t x = position(p_.neighborhood, box_, line.i0, line.i1, box_.begin[2] + i);
-      load_row(p_.dtype, p_.query, query(x), int(step), query_ + i * step);
-    }
+    load_line({p_.dtype, p_.query, p_.neighborhood.positions(), p_.heads, p_.dim}, p_.neighborhood, box_, line, batch_,
+              kv_head_ * group_, group_, query_, Real(p_.scale));
   }
 
   template <int rows>
   void tile(const Step& step) {
     keys_.template dots_of<rows>(step, query_ + int64_t(step.row) * p_.dim, p_.dim, scores_, score_stride_);
     const int64_t row = int64_t(step.line->index) * box_.extent(2) * group_ + step.row;
-    Real factors[kTileRows];
+    if (p_.has_bias() && !step.additional) add_bias<rows>(step);
+    Real factors[kTileRows + W] = {};
     softmax<rows>(step, max_ + row, sum_ + row, factors);
     values_.template accumulate_to<rows>(step, scores_, score_stride_, out_ + row * values_.width(), values_.width(),
                                          factors);
   }
 
  private:
-  JAX_NATTEN_INLINE int64_t query(int64_t x) const {
-    return ((batch_ * p_.neighborhood.positions() + x) * p_.heads + int64_t(kv_head_) * group_) * p_.dim;
-  }
-
-  // Turns products into exponentials under the new maximum, and says by what to multiply what was summed before.
+  // Turns products into exponentials under the new maximum, and says by what to multiply what was summed before. Goes
+  // over the rows together, because exponentials of one row alone would wait for each other.
   template <int rows>
   JAX_NATTEN_INLINE void softmax(const Step& step, Real* max, Real* sum, Real* factors) {
     const int vectors = padded<Real>(step.count) / W;
-    const int count = step.line_count * vectors;
     const int line_stride = vectors * W;
-    const bool biased = p_.has_bias() && !step.additional;
-    const Real scale = biased ? 1 : Real(p_.scale);
+    Vec<Real> largest[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      Real* s = scores_ + r * score_stride_;
-      if (biased) add_bias(step, r, s, line_stride);
-      Vec<Real> largest = broadcast(-kInfinity<Real>);
-      for (int v = 0; v < vectors; ++v) {
+    for (int r = 0; r < rows; ++r) largest[r] = broadcast(-kInfinity<Real>);
+    for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
         const Mask<Real> own = lanes_between<Real>(step.begin[r] - v * W, step.end[r] - v * W);
         for (int l = 0; l < step.line_count; ++l) {
-          Real* at = s + l * line_stride + v * W;
-          const Vec<Real> score = own ? load(at) * scale : broadcast(-kInfinity<Real>);
-          largest = maximum(largest, score);
+          Real* at = scores_ + r * score_stride_ + l * line_stride + v * W;
+          const Vec<Real> score = own ? load(at) : broadcast(-kInfinity<Real>);
+          largest[r] = maximum(largest[r], score);
           store(at, score);
         }
       }
+    }
+    Real shift[rows];
+    Vec<Real> total[rows] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
       const Real old = max[r];
-      const Real next = maximum(old, largest_lane<Real>(largest));
-      const Real shift = next == -kInfinity<Real> ? 0 : next;  // no key yet, or only scores of -infinity
-      Vec<Real> total = {};
-      for (int i = 0; i < count; ++i) {
-        const Vec<Real> weight = exp<Real>(load(s + i * W) - shift);
-        total += weight;
-        store(s + i * W, weight);
+      max[r] = maximum(old, largest_lane<Real>(largest[r]));
+      shift[r] = max[r] == -kInfinity<Real> ? 0 : max[r];  // no key yet, or only scores of -infinity
+      factors[r] = old - shift[r];
+    }
+    for (int i = 0; i < step.line_count * line_stride; i += W) {
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        Real* at = scores_ + r * score_stride_ + i;
+        const Vec<Real> weight = exp<Real>(load(at) - shift[r]);
+        total[r] += weight;
+        store(at, weight);
       }
-      factors[r] = exp<Real>(broadcast(old - shift))[0];
-      max[r] = next;
-      sum[r] = sum[r] * factors[r] + sum_of_lanes<Real>(total);
+    }
+    for (int r = 0; r < rows; r += W) store(factors + r, exp<Real>(load(factors + r)));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) sum[r] = sum[r] * factors[r] + sum_of_lanes<Real>(total[r]);
+  }
+
+  template <int rows>
+  void add_bias(const Step& step) {
+    for (int r = 0; r < rows; ++r) {
+      const int row = step.row + r;
+      const int64_t shared = p_.batch / p_.bias_batch;
+      const int64_t head = batch_ / shared * p_.heads + int64_t(kv_head_) * group_ + row % group_;
+      const Real* table = static_cast<const Real*>(p_.bias) + head * bias_.size();
+      bias_.add_to<false>(step, r, box_.begin[2] + row / group_, table, scores_ + r * score_stride_,
+                          padded<Real>(step.count));
     }
   }
 
-  void add_bias(const Step& step, int r, Real* s, int line_stride) const {
-    const int row = step.row + r;
-    const int64_t group = p_.batch / p_.bias_batch;
-    const int64_t head = batch_ / group * p_.heads + int64_t(kv_head_) * group_ + row % group_;
-    const Real* table = static_cast<const Real*>(p_.bias) + head * bias_.size();
-    bias_.add_to<false>(step, r, box_.begin[2] + row / group_, table, Real(p_.scale), s, line_stride);
-  }
-
   void finish() {
+    const int64_t positions = p_.neighborhood.positions();
+    store_box({p_.dtype, p_.out, positions, p_.heads, p_.value_dim}, p_.neighborhood, box_, batch_, kv_head_ * group_,
+              group_, out_, values_.width(), [&](int64_t row) { return 1 / sum_[row]; });
     int64_t row = 0;
     for (int i0 = box_.begin[0]; i0 < box_.end[0]; ++i0) {
       for (int i1 = box_.begin[1]; i1 < box_.end[1]; ++i1) {
         for (int i2 = box_.begin[2]; i2 < box_.end[2]; ++i2) {
-          const int64_t x = batch_ * p_.neighborhood.positions() + position(p_.neighborhood, box_, i0, i1, i2);
-          const int64_t first_head = x * p_.heads + int64_t(kv_head_) * group_;
-          for (int g = 0; g < group_; ++g, ++row) {
-            store_row(p_.dtype, p_.out, (first_head + g) * p_.value_dim, p_.value_dim, out_ + row * values_.width(),
-                      1 / sum_[row]);
-            static_cast<Real*>(p_.lse)[first_head + g] = max_[row] + logarithm(sum_[row]);
-          }
+          const int64_t x = batch_ * positions + position(p_.neighborhood, box_, i0, i1, i2);
+          Real* lse = static_cast<Real*>(p_.lse) + x * p_.heads + kv_head_ * group_;
+          for (int g = 0; g < group_; ++g, ++row) lse[g] = max_[row] + logarithm(sum_[row]);
         }
       }
     }

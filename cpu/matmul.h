@@ -55,14 +55,27 @@ JAX_NATTEN_INLINE void dots_block(const Real* a, int lda, int depth, const Real*
   for (int v = 0; v < vectors; ++v) column[v] = bt[v];
   ptrdiff_t offset = 0;
   for (int d = 0; d < depth; ++d, offset += ldb) {
-    Vec<Real> b[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) b[v] = load(column[v] + offset);
+    // The shorter side is held in registers, beside the sums.
+    if constexpr (rows < vectors) {
+      Vec<Real> factor[rows];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      const Vec<Real> factor = broadcast(a[r * lda + d]);
+      for (int r = 0; r < rows; ++r) factor[r] = broadcast(a[r * lda + d]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] += factor * b[v];
+      for (int v = 0; v < vectors; ++v) {
+        const Vec<Real> b = in_register(load(column[v] + offset));
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) sum[r][v] += factor[r] * b;
+      }
+    } else {
+      Vec<Real> b[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) b[v] = in_register(load(column[v] + offset));
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const Vec<Real> factor = broadcast(a[r * lda + d]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[r][v] += factor * b[v];
+      }
     }
   }
 #pragma GCC unroll 4
@@ -82,7 +95,7 @@ void dots(const Real* a, int lda, int depth, const Real* const* lines, int line_
   int line = 0, within = 0;
   for (int done = 0; done < total; --blocks) {
     // Blocks of equal size: one of a single vector would wait for its own sums.
-    const int count = (total - done + blocks - 1) / blocks;
+    const int count = blocks == 1 ? total - done : (total - done + blocks - 1) / blocks;
     const Real* columns[kBlock<rows>];
     for (int v = 0; v < count; ++v) {
       columns[v] = lines[line] + within * W;
@@ -107,13 +120,8 @@ JAX_NATTEN_INLINE void accumulate_block(const Real* const* lines, ptrdiff_t offs
                                         ptrdiff_t ldb, const Real* w, ptrdiff_t ldw, int line_stride, Real* c,
                                         ptrdiff_t ldc, const Real* factors) {
   constexpr int W = kLanes<Real>;
-  Vec<Real> sum[rows][vectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-    const Vec<Real> factor = broadcast(factors[r]);
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = factor * load(c + r * ldc + v * W);
-  }
+  // The sum starts from zero: short sums of sums round better than a long one.
+  Vec<Real> sum[rows][vectors] = {};
   for (int line = 0; line < line_count; ++line) {
     const Real* b = lines[line] + offset;
     const Real* weights = w + line * line_stride;
@@ -123,7 +131,7 @@ JAX_NATTEN_INLINE void accumulate_block(const Real* const* lines, ptrdiff_t offs
       for (int r = 0; r < rows; ++r) factor[r] = broadcast(weights[r * ldw + j]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        const Vec<Real> value = load(b + v * W);
+        const Vec<Real> value = in_register(load(b + v * W));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) sum[r][v] += factor[r] * value;
       }
@@ -131,8 +139,12 @@ JAX_NATTEN_INLINE void accumulate_block(const Real* const* lines, ptrdiff_t offs
   }
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
+    const Vec<Real> factor = broadcast(factors[r]);
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) store(c + r * ldc + v * W, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      Real* to = c + r * ldc + v * W;
+      store(to, factor * load(to) + sum[r][v]);
+    }
   }
 }
 
@@ -145,7 +157,7 @@ void accumulate(const Real* const* lines, int line_count, int columns, ptrdiff_t
   const int total = width / W;
   int blocks = (total + kBlock<rows> - 1) / kBlock<rows>;
   for (int done = 0; done < total; --blocks) {
-    const int count = (total - done + blocks - 1) / blocks;
+    const int count = blocks == 1 ? total - done : (total - done + blocks - 1) / blocks;
     const auto block = [&](auto vectors) {
       if constexpr (decltype(vectors)::value <= kBlock<rows>) {
         accumulate_block<rows, decltype(vectors)::value>(lines, done * W, line_count, columns, ldb, w, ldw, line_stride,

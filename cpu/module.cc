@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/common/neighborhood.h"
+#include "cuda/ffi/tile_functions.h"
 #include "handlers.h"
 #include "kernels.h"
 
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         py::arg("causal"),
         "Windows of an axis by the C++ formulas, as in-group indices, for every position: first key and past-the-last "
         "key of a query's window, first query and past-the-last query that see a key.");
+  add_tile_functions(m);
 }
 
 }  // namespace jax_natten::cpu

@@ -1,77 +1,77 @@
-// Rows of tensors of any input dtype, converted to and from the accumulation type.
+// The rows of a box, in and out: the positions of tensors [batch, positions, heads, dim] that the box covers.
+// Prefetches, because one head's rows are far apart in memory.
 #pragma once
 
-#include "cuda/common/params.h"
-#include "simd.h"
+#include "boxes.h"
+#include "storage.h"
+#include "sweep.h"
 
 namespace jax_natten::cpu::JAX_NATTEN_ISA {
 
-// Smallest multiple of `unit` that is at least n.
-JAX_NATTEN_INLINE int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+// A tensor [batch, positions, heads, dim]; Data is const void or void.
+template <typename Data>
+struct TensorOf {
+  DType dtype;
+  Data* data;
+  int64_t positions;
+  int heads, dim;
 
-// Reals of a packed row of n elements: whole vectors.
-template <typename Real>
-JAX_NATTEN_INLINE int padded(int n) {
-  return round_up(n, kLanes<Real>);
-}
-
-JAX_NATTEN_INLINE int element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// Reads `count` elements from element `offset` on.
-template <typename Real>
-void load_row(DType dtype, const void* data, int64_t offset, int count, Real* __restrict row) {
-  if constexpr (sizeof(Real) == sizeof(double)) {
-    const double* from = static_cast<const double*>(data) + offset;
-    for (int i = 0; i < count; ++i) row[i] = from[i];
-  } else if (dtype == DType::kFloat32) {
-    const float* from = static_cast<const float*>(data) + offset;
-    for (int i = 0; i < count; ++i) row[i] = from[i];
-  } else if (dtype == DType::kFloat16) {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    for (int i = 0; i < count; ++i) row[i] = float_of_float16(from[i]);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    for (int i = 0; i < count; ++i) row[i] = float_of_bfloat16(from[i]);
+  JAX_NATTEN_INLINE int64_t offset(int64_t batch, int64_t position, int head) const {
+    return ((batch * positions + position) * heads + head) * dim;
   }
-}
-
-// Writes factor * row.
-template <typename Real>
-void store_row(DType dtype, void* data, int64_t offset, int count, const Real* __restrict row, Real factor = 1) {
-  if constexpr (sizeof(Real) == sizeof(double)) {
-    double* to = static_cast<double*>(data) + offset;
-    for (int i = 0; i < count; ++i) to[i] = factor * row[i];
-  } else if (dtype == DType::kFloat32) {
-    float* to = static_cast<float*>(data) + offset;
-    for (int i = 0; i < count; ++i) to[i] = factor * row[i];
-  } else if (dtype == DType::kFloat16) {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int i = 0; i < count; ++i) to[i] = float16_of_float(factor * row[i]);
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int i = 0; i < count; ++i) to[i] = bfloat16_of_float(factor * row[i]);
-  }
-}
-
-// A scratch buffer that is handed out piece by piece, each piece aligned to cache lines. Without a base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-
-  template <typename T>
-  JAX_NATTEN_INLINE T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-
-  JAX_NATTEN_INLINE size_t used() const { return used_; }
-
- private:
-  uintptr_t base_;
-  size_t used_ = 0;
 };
+using Tensor = TensorOf<const void>;
+using Result = TensorOf<void>;
+
+// Positions ahead that are prefetched.
+constexpr int kPrefetched = 16;
+
+// Loads the rows of a line, times `factor`: for each position `heads` rows of dim elements, one after the other.
+template <typename Real>
+void load_line(const Tensor& tensor, const Neighborhood& neighborhood, const Box& box, const Line& line, int64_t batch,
+               int first_head, int heads, Real* rows, Real factor = 1) {
+  const int64_t stride = int64_t(tensor.heads) * tensor.dim * neighborhood.axes[2].dilation;
+  const int64_t first = tensor.offset(batch, position(neighborhood, box, line.i0, line.i1, box.begin[2]), first_head);
+  const int64_t next =
+      tensor.offset(batch, position(neighborhood, box, line.i0, line.i1 + 1, box.begin[2]), first_head);
+  const int count = box.extent(2), elements = heads * tensor.dim;
+  with_storage<Real>(tensor.dtype, [&](auto element) {
+    const decltype(element)* from = static_cast<const decltype(element)*>(tensor.data);
+    for (int i = 0; i < count; ++i) {
+      const int ahead = i + kPrefetched;
+      prefetch(from + (ahead < count ? first + ahead * stride : next + (ahead - count) * stride), elements);
+      load_row(from + first + i * stride, elements, rows + int64_t(i) * elements, factor);
+    }
+  });
+}
+
+// Stores all rows of a box, which are `width` apart and in the order of positions, then heads, each times
+// factor(row).
+template <typename Real, typename Factor>
+void store_box(const Result& tensor, const Neighborhood& neighborhood, const Box& box, int64_t batch, int first_head,
+               int heads, const Real* rows, int width, Factor factor) {
+  const int64_t stride = int64_t(tensor.heads) * tensor.dim * neighborhood.axes[2].dilation;
+  with_storage<Real>(tensor.dtype, [&](auto element) {
+    int64_t row = 0;
+    for (int i0 = box.begin[0]; i0 < box.end[0]; ++i0) {
+      for (int i1 = box.begin[1]; i1 < box.end[1]; ++i1) {
+        decltype(element)* to = static_cast<decltype(element)*>(tensor.data) +
+                                tensor.offset(batch, position(neighborhood, box, i0, i1, box.begin[2]), first_head);
+        for (int i2 = box.begin[2]; i2 < box.end[2]; ++i2, to += stride) {
+          prefetch<true>(to + kPrefetched * stride, heads * tensor.dim);
+          for (int head = 0; head < heads; ++head, ++row) {
+            store_row(to + int64_t(head) * tensor.dim, tensor.dim, rows + row * width, factor(row));
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename Real>
+JAX_NATTEN_INLINE void store_box(const Result& tensor, const Neighborhood& neighborhood, const Box& box, int64_t batch,
+                                 int first_head, int heads, const Real* rows, int width, Real factor = 1) {
+  store_box(tensor, neighborhood, box, batch, first_head, heads, rows, width, [&](int64_t) { return factor; });
+}
 
 }  // namespace jax_natten::cpu::JAX_NATTEN_ISA

@@ -1,9 +1,9 @@
 // Runs a lambda, or an operation that works box by box, as the tasks of an executor.
 #pragma once
 
+#include "arena.h"
 #include "boxes.h"
 #include "executor.h"
-#include "rows.h"
 
 namespace jax_natten::cpu::JAX_NATTEN_ISA {
 

@@ -74,6 +74,17 @@ JAX_NATTEN_INLINE void store(Real* to, V vector) {
   __builtin_memcpy(to, &vector, sizeof(V));
 }
 
+// Keeps a loaded vector in a register: the compiler would rather load it again for each of its uses.
+template <typename V>
+JAX_NATTEN_INLINE V in_register(V vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+  return vector;
+}
+
 template <typename To, typename From>
 JAX_NATTEN_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -204,39 +215,6 @@ JAX_NATTEN_INLINE Vec<Real> exp(Vec<Real> x) {
   const Vec<Real> result = polynomial * bit_cast<Vec<Real>>(exponent);
   const Vec<Real> bounded = x > C::kMost ? broadcast(kInfinity<Real>) : result;  // a NaN stays
   return x < C::kLeast ? Vec<Real>{} : bounded;
-}
-
-// Float formats of 16 bits. In integer arithmetic, because XLA's threads flush denormal floats to zero.
-
-JAX_NATTEN_INLINE float float_of_bfloat16(uint16_t bits) { return bit_cast<float>(uint32_t(bits) << 16); }
-
-JAX_NATTEN_INLINE uint16_t bfloat16_of_float(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40;
-  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
-}
-
-JAX_NATTEN_INLINE float float_of_float16(uint16_t half) {
-  const uint32_t magnitude = uint32_t(half & 0x7fff) << 13;
-  const uint32_t normal = magnitude + (112u << 23);
-  const uint32_t special = magnitude + (224u << 23);  // infinities and NaNs keep the largest exponent
-  // A denormal's mantissa under the exponent of the smallest normal number, which is then subtracted.
-  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude + (113u << 23)) - 0x1p-14f);
-  const uint32_t bits = magnitude >= (31u << 23) ? special : magnitude < (1u << 23) ? denormal : normal;
-  return bit_cast<float>(bits | uint32_t(half & 0x8000) << 16);
-}
-
-JAX_NATTEN_INLINE uint16_t float16_of_float(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Adding 0.5 leaves a denormal's mantissa, rounded, in the low bits.
-  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
-  return uint16_t(sign | (magnitude >= (143u << 23) ? special : finite));
 }
 
 }  // namespace jax_natten::cpu::JAX_NATTEN_ISA

@@ -10,9 +10,10 @@
 // columns hold infinities or NaNs: then tiles are single rows, which have no such columns.
 #pragma once
 
+#include "arena.h"
 #include "boxes.h"
 #include "matmul.h"
-#include "rows.h"
+#include "storage.h"
 
 namespace jax_natten::cpu::JAX_NATTEN_ISA {
 
@@ -60,8 +61,8 @@ class Sweep {
   // `heads` rows, one per head, share the columns of each position of a line.
   Sweep(const Neighborhood& neighborhood, const Boxes& boxes, int heads, Arena& arena)
       : neighborhood_(neighborhood), boxes_(boxes), heads_(heads) {
-    const int64_t positions = boxes.size[2], rows = positions * heads;
-    columns_ = arena.take<Interval>(positions);
+    const int64_t rows = int64_t(boxes.size[2]) * heads;
+    columns_ = arena.take<Interval>(rows);
     tiles_ = arena.take<Tile>(rows);
     lines_ = arena.take<ColumnLine>(int64_t(boxes.panel[0]) * boxes.panel[1]);
   }
@@ -73,10 +74,11 @@ class Sweep {
 
   void begin_box(const Box& box) {
     box_ = &box;
+    int rows = 0;
     for (int i = box.begin[2]; i < box.end[2]; ++i) {
-      columns_[i - box.begin[2]] = columns_of_row<inverse>(neighborhood_.axes[2], i, box.length[2]);
+      const Interval columns = columns_of_row<inverse>(neighborhood_.axes[2], i, box.length[2]);
+      for (int head = 0; head < heads_; ++head) columns_[rows++] = columns;
     }
-    const int rows = box.extent(2) * heads_;
     tile_count_ = 0;
     for (int row = 0; row < rows;) {
       const Tile tile = best_tile(row, rows);
@@ -134,10 +136,10 @@ class Sweep {
     Tile best = {};
     float best_cost = 0;
     for (int count = 1; count <= kTileRows && row + count <= rows; count *= 2) {
-      const Tile tile = {row, count, {columns_of(row).begin, columns_of(row + count - 1).end}};
+      const Tile tile = {row, count, {columns_[row].begin, columns_[row + count - 1].end}};
       const int summed = imin(count, kAccumulateRows);
       const int products = padded<Real>(tile.columns.end - tile.columns.begin);
-      const int sums = columns_of(row + summed - 1).end - tile.columns.begin;
+      const int sums = columns_[row + summed - 1].end - tile.columns.begin;
       const float cost = count == 1 ? 1.5f * products + 1.8f * sums : (count == 2 ? 1.05f : 1.0f) * products + sums;
       if (best.rows == 0 || cost <= best_cost) {
         best = tile;
@@ -146,8 +148,6 @@ class Sweep {
     }
     return best;
   }
-
-  JAX_NATTEN_INLINE Interval columns_of(int row) const { return columns_[row / heads_]; }
 
   void neighbors_in_panel(Body& body, const Panel& panel) {
     const Box& box = *box_;
@@ -183,7 +183,7 @@ class Sweep {
       step.line_count = (count - done + steps - 1) / steps;
       done += step.line_count;
       if (single_rows) {
-        for (int row = 0; row < box_->extent(2) * heads_; ++row) tile(body, panel, step, {row, 1, columns_of(row)});
+        for (int row = 0; row < box_->extent(2) * heads_; ++row) tile(body, panel, step, {row, 1, columns_[row]});
       } else {
         for (int t = 0; t < tile_count_; ++t) tile(body, panel, step, tiles_[t]);
       }
@@ -199,7 +199,7 @@ class Sweep {
     step.first = all.begin - panel.begin[2];
     step.count = all.end - all.begin;
     for (int r = 0; r < tile.rows; ++r) {
-      const Interval own = panel.additional ? all : columns_of(tile.row + r);
+      const Interval own = panel.additional ? all : columns_[tile.row + r];
       step.begin[r] = imin(imax(own.begin, all.begin), all.end) - all.begin;
       step.end[r] = imin(imax(own.end, all.begin), all.end) - all.begin;
     }
@@ -220,7 +220,7 @@ class Sweep {
   const Boxes& boxes_;
   const Box* box_ = nullptr;
   int heads_;
-  Interval* columns_;
+  Interval* columns_;  // of each row of a line
   Tile* tiles_;
   int tile_count_ = 0;
   ColumnLine* lines_;

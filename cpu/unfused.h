@@ -91,11 +91,8 @@ class PointwiseNeighborhood {
 
   void begin_line(const Line& line) {
     first_head_ = first_head(position(p_.neighborhood, box_, line.i0, line.i1, box_.begin[2]));
-    const int64_t stride = int64_t(p_.heads) * p_.neighborhood.axes[2].dilation;
-    for (int i = 0; i < box_.extent(2); ++i) {
-      load_row(p_.dtype, p_.queries, (first_head_ + i * stride) * p_.dim, group_ * p_.dim,
-               query_ + int64_t(i) * group_ * p_.dim);
-    }
+    load_line({p_.dtype, p_.queries, p_.neighborhood.positions(), p_.heads, p_.dim}, p_.neighborhood, box_, line,
+              batch_, kv_head_ * group_, group_, query_);
   }
 
   template <int rows>
@@ -109,7 +106,7 @@ class PointwiseNeighborhood {
       if (p_.has_bias() && !step.additional) {
         const int64_t bias_head = batch_ / (p_.batch / p_.bias_batch) * p_.heads + int64_t(kv_head_) * group_ + head;
         const Real* table = static_cast<const Real*>(p_.bias) + bias_head * bias_.size();
-        bias_.add_to<false>(step, r, i2, table, Real(1), products, line_stride);
+        bias_.add_to<false>(step, r, i2, table, products, line_stride);
       }
       const int64_t to = (first_head_ + i * stride + head) * p_.slots();
       const int count = step.end[r] - step.begin[r];
@@ -194,22 +191,13 @@ class NeighborhoodNeighborhood {
     kv_head_ = int(task % p_.kv_heads);
     batch_ = task / p_.kv_heads;
     const int64_t rows = int64_t(box_.extent(0)) * box_.extent(1) * box_.extent(2) * group_;
-    for (int64_t i = 0; i < rows * keys_.width(); ++i) out_[i] = 0;
+    fill_zero(out_, rows * keys_.width());
     sweep_.begin_box(box_);
     sweep_.neighbors(*this);
     sweep_.additional(*this, p_.additional);
 
-    int64_t row = 0;
-    for (int i0 = box_.begin[0]; i0 < box_.end[0]; ++i0) {
-      for (int i1 = box_.begin[1]; i1 < box_.end[1]; ++i1) {
-        for (int i2 = box_.begin[2]; i2 < box_.end[2]; ++i2) {
-          const int64_t head = first_head(position(p_.neighborhood, box_, i0, i1, i2));
-          for (int g = 0; g < group_; ++g, ++row) {
-            store_row(p_.dtype, p_.queries, (head + g) * p_.dim, p_.dim, out_ + row * keys_.width());
-          }
-        }
-      }
-    }
+    store_box({p_.dtype, p_.queries, p_.neighborhood.positions(), p_.heads, p_.dim}, p_.neighborhood, box_, batch_,
+              kv_head_ * group_, group_, out_, keys_.width());
   }
 
   void pack(const Panel& panel) {
@@ -239,7 +227,7 @@ class NeighborhoodNeighborhood {
                                  : slots_.of_line(box_, step.line->i0, step.line->i1, column.j0, column.j1) +
                                        slots_.in_line(box_, box_.begin[2] + i) + step.position;
         Real* weights = weights_ + r * weight_stride_ + l * line_stride;
-        for (int n = 0; n < step.count; ++n) weights[n] = 0;
+        fill_zero(weights, step.count);
         load_row(p_.dtype, p_.weights, from + slot + step.begin[r], step.end[r] - step.begin[r],
                  weights + step.begin[r]);
       }
@@ -300,19 +288,12 @@ class InverseNeighborhood {
     kv_head_ = int(task % p_.kv_heads);
     batch_ = task / p_.kv_heads;
     const int64_t rows = int64_t(box_.extent(0)) * box_.extent(1) * box_.extent(2);
-    for (int64_t i = 0; i < rows * queries_.width(); ++i) keys_[i] = 0;
+    fill_zero(keys_, rows * queries_.width());
     sweep_.begin_box(box_);
     for (head_ = kv_head_ * p_.group(); head_ < (kv_head_ + 1) * p_.group(); ++head_) sweep_.neighbors(*this);
 
-    int64_t row = 0;
-    for (int i0 = box_.begin[0]; i0 < box_.end[0]; ++i0) {
-      for (int i1 = box_.begin[1]; i1 < box_.end[1]; ++i1) {
-        for (int i2 = box_.begin[2]; i2 < box_.end[2]; ++i2, ++row) {
-          const int64_t x = batch_ * p_.neighborhood.positions() + position(p_.neighborhood, box_, i0, i1, i2);
-          store_row(p_.dtype, p_.keys, (x * p_.kv_heads + kv_head_) * p_.dim, p_.dim, keys_ + row * queries_.width());
-        }
-      }
-    }
+    store_box({p_.dtype, p_.keys, p_.neighborhood.positions(), p_.kv_heads, p_.dim}, p_.neighborhood, box_, batch_,
+              kv_head_, 1, keys_, queries_.width());
   }
 
   void pack(const Panel& panel) {
@@ -332,21 +313,25 @@ class InverseNeighborhood {
   void tile(const Step& step) {
     const int line_stride = padded<Real>(step.count);
     const int64_t stride = int64_t(p_.heads) * p_.neighborhood.axes[2].dilation * p_.slots();
-    for (int l = 0; l < step.line_count; ++l) {
-      // Columns are queries, (j0, j1) a line of them, and the rows keys on the line (i0, i1).
-      const ColumnLine& column = step.columns[l];
-      const int64_t x = position(p_.neighborhood, box_, column.j0, column.j1, step.position);
-      const int64_t line = slots_.of_line(box_, column.j0, column.j1, step.line->i0, step.line->i1);
-      const int64_t from = ((batch_ * p_.neighborhood.positions() + x) * p_.heads + head_) * p_.slots() + line;
-      for (int r = 0; r < rows; ++r) {
-        Real* weights = weights_ + r * weight_stride_ + l * line_stride;
-        const int key = box_.begin[2] + step.row + r;
-        for (int n = 0; n < step.count; ++n) weights[n] = 0;
-        for (int n = step.begin[r]; n < step.end[r]; ++n) {
-          load_row(p_.dtype, p_.weights, from + n * stride + slot_in_line_[step.first + n] + key, 1, weights + n);
+    with_storage<Real>(p_.dtype, [&](auto element) {
+      using T = decltype(element);
+      for (int l = 0; l < step.line_count; ++l) {
+        // Columns are queries, (j0, j1) a line of them, and the rows keys on the line (i0, i1).
+        const ColumnLine& column = step.columns[l];
+        const int64_t x = position(p_.neighborhood, box_, column.j0, column.j1, step.position);
+        const int64_t line = slots_.of_line(box_, column.j0, column.j1, step.line->i0, step.line->i1);
+        const T* from = static_cast<const T*>(p_.weights) +
+                        ((batch_ * p_.neighborhood.positions() + x) * p_.heads + head_) * p_.slots() + line;
+        for (int r = 0; r < rows; ++r) {
+          Real* weights = weights_ + r * weight_stride_ + l * line_stride;
+          const int key = box_.begin[2] + step.row + r;
+          fill_zero(weights, step.count);
+          for (int n = step.begin[r]; n < step.end[r]; ++n) {
+            weights[n] = as_real<Real>(from[n * stride + slot_in_line_[step.first + n] + key]);
+          }
         }
       }
-    }
+    });
     const Real ones[kTileRows] = {1, 1, 1, 1};
     const int64_t row = int64_t(step.line->index) * box_.extent(2) + step.row;
     queries_.template accumulate_to<rows>(step, weights_, weight_stride_, keys_ + row * queries_.width(),
@@ -372,25 +357,27 @@ template <typename Real>
 void inverse_additional(const InParams& p, Executor& executor) {
   const int64_t positions = p.neighborhood.positions(), heads = p.batch * p.kv_heads;
   const int64_t chunks = reduction_chunks(positions), elements = int64_t(p.additional) * p.dim;
+  const int width = padded<Real>(p.dim);
   Real* workspace = static_cast<Real*>(p.workspace);
-  parallel(executor, heads * chunks, (p.dim + p.additional) * sizeof(Real), [&](int64_t task, void* scratch) {
-    const int chunk = int(task % chunks);
-    const int64_t head = task / chunks, batch = head / p.kv_heads;
-    Real *query = static_cast<Real*>(scratch), *weights = query + p.dim;
-    Real* sum = workspace + (chunk * heads + head) * elements;
-    for (int64_t i = 0; i < elements; ++i) sum[i] = 0;
-    for (int64_t x = chunk_begin(positions, chunk); x < chunk_begin(positions, chunk + 1); ++x) {
-      for (int g = 0; g < p.group(); ++g) {
-        const int64_t row = (batch * positions + x) * p.heads + head % p.kv_heads * p.group() + g;
-        load_row(p.dtype, p.queries, row * p.dim, p.dim, query);
-        load_row(p.dtype, p.weights, row * p.slots() + p.neighborhood.window_size(), p.additional, weights);
-        for (int s = 0; s < p.additional; ++s) {
-          for (int d = 0; d < p.dim; ++d) sum[int64_t(s) * p.dim + d] += weights[s] * query[d];
-        }
-      }
-    }
-  });
-  parallel(executor, heads * p.additional, p.dim * sizeof(Real), [&](int64_t task, void* scratch) {
+  parallel(executor, heads * chunks, (width + padded<Real>(p.additional)) * sizeof(Real),
+           [&](int64_t task, void* scratch) {
+             const int chunk = int(task % chunks);
+             const int64_t head = task / chunks, batch = head / p.kv_heads;
+             Real *query = static_cast<Real*>(scratch), *weights = query + width;
+             Real* sum = workspace + (chunk * heads + head) * elements;
+             for (int64_t i = 0; i < elements; ++i) sum[i] = 0;
+             for (int64_t x = chunk_begin(positions, chunk); x < chunk_begin(positions, chunk + 1); ++x) {
+               for (int g = 0; g < p.group(); ++g) {
+                 const int64_t row = (batch * positions + x) * p.heads + head % p.kv_heads * p.group() + g;
+                 load_row(p.dtype, p.queries, row * p.dim, p.dim, query);
+                 load_row(p.dtype, p.weights, row * p.slots() + p.neighborhood.window_size(), p.additional, weights);
+                 for (int s = 0; s < p.additional; ++s) {
+                   for (int d = 0; d < p.dim; ++d) sum[int64_t(s) * p.dim + d] += weights[s] * query[d];
+                 }
+               }
+             }
+           });
+  parallel(executor, heads * p.additional, width * sizeof(Real), [&](int64_t task, void* scratch) {
     const int64_t head = task / p.additional, key = task % p.additional;
     Real* sum = static_cast<Real*>(scratch);
     for (int d = 0; d < p.dim; ++d) sum[d] = 0;

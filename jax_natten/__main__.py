@@ -1,4 +1,4 @@
-"""``python -m jax_natten info``: versions, devices, what was built, and which implementation runs where."""
+"""``python -m jax_natten``: what was built and runs where (info), tiles and their expected speed, measured speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ import jaxlib
 
 import jax_natten
 from jax_natten import dispatch, native
+from jax_natten.commands import add_problem_arguments, align
+from jax_natten.commands import profile as run_profile
+from jax_natten.commands import simulate as run_simulate
 
+_DERIVATIVES = 'Tangents (jax.jvp) and derivatives of derivatives of fused attention run on "xla" everywhere.'
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 # Columns of the table, and the operations that each of them stands for.
@@ -32,9 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jax_natten", description=jax_natten.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, what was built, and which implementation runs where")
-    parser.parse_args(arguments)
-    print(info())
-    return 0
+    simulate = commands.add_parser(
+        "simulate", help="tiles of the Hopper kernels and their expected speed; no GPU needed"
+    )
+    profile = commands.add_parser("profile", help="time and speed of a problem on the GPU at hand")
+    for command in (simulate, profile):
+        add_problem_arguments(command)
+    simulate.add_argument("--count", type=int, default=5, help="how many choices of tiles to show")
+    simulate.add_argument("--processors", type=int, help="multiprocessors of the GPU, by default those of an H200")
+    profile.add_argument("--implementation", help="as the argument of the functions; several with commas between them")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "info":
+        print(info())
+        return 0
+    try:
+        return {"simulate": run_simulate, "profile": run_profile}[parsed.command](parsed)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
+        return 2
 
 
 def info() -> str:
@@ -51,9 +70,9 @@ def info() -> str:
     for name in _PLATFORMS:
         for dtype in map(jnp.dtype, _DTYPES):
             table.append((name, dtype.name, *(_implementations(name, dtype, ops) for ops in _COLUMNS.values())))
-    return "\n".join(
-        [*_align(rows), "", "Implementations that apply, best first, for a 7x7 window and head dim 64:", *_align(table)]
-    )
+    heading = "Implementations that apply, best first, for a 7x7 window and head dim 64:"
+    by_name = f"By name only: {', '.join(dispatch.ONLY_BY_NAME) or 'none'}."
+    return "\n".join([*align(rows), "", heading, *align(table), "", by_name, _DERIVATIVES])
 
 
 def _devices() -> str:
@@ -79,16 +98,11 @@ def _implementations(platform_name: str, dtype, operations: Iterable[str]) -> st
     window = jax_natten.Neighborhood.make(7, rank=2)
     found = set()
     for operation in operations:
-        problem = dispatch.Problem(operation, window, dtype, 4, 4, 64, 64, 0, False)
+        problem = dispatch.Problem(operation, window, dtype, 4, 4, 64, 64, 0, False, 1, (32, 32))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found.add(", ".join(dispatch.candidates(problem, platform_name)))
     return " or ".join(sorted(found))
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 if __name__ == "__main__":

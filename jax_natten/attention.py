@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from jax_natten import checks, dispatch
 from jax_natten.checks import with_rank
 from jax_natten.neighborhood import Neighborhood
 from jax_natten.primitives import fused
+from jax_natten.tiles import Tiles
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -32,6 +34,8 @@ def neighborhood_attention(
     rpb: jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     r"""Attention of every token of a 1-D, 2-D or 3-D grid to its nearest neighbors.
 
@@ -59,8 +63,16 @@ def neighborhood_attention(
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]`` of any floating dtype, added to the scaled scores at
         index ``key - query + kernel_size - 1`` (in-group indices). Not with causal axes.
       return_lse: whether to return the log-sum-exp of the scores as well, see :func:`merge_attentions`.
-      implementation: None picks the best that applies on each platform; or a name ("naive", "cpu", "xla"), or a
-        sequence of names tried in order.
+      implementation: None picks the best that applies on each platform; or a name ("sm90", "naive", "cpu", "xla"), or
+        a sequence of names tried in order. Tangents (``jax.jvp``) and derivatives of derivatives run on "xla" whatever
+        is named, in bounded memory: there are no kernels for them.
+      precision: how far float32 products may be rounded, as in ``jax.lax.dot``: "highest" not at all, "high" to
+        TensorFloat32, "default" as far as the device is fastest. A kernel may always be more exact: "cpu" and "naive"
+        are exact whatever is asked. "xla" hands it to XLA, for 16-bit inputs as well, which it multiplies as float32.
+        None follows ``jax.default_matmul_precision`` at trace time; where that is not set either, it is "highest", on
+        GPUs and TPUs too, unlike in ``jax.numpy``.
+      tiles: how "sm90" cuts the forward into pieces, instead of its own choice (see ``python -m jax_natten simulate``).
+        The result is the same up to rounding. Other implementations, and derivatives, do as they like.
 
     Returns:
       ``out`` ``[*batch, *X, Hq, Dv]`` in the dtype of ``query``; with ``return_lse`` also the natural logarithm of the
@@ -68,8 +80,9 @@ def neighborhood_attention(
 
     Raises:
       TypeError: a dtype or an argument's type is not supported.
-      ValueError: shapes do not match, or a window does not fit the grid.
-      NotImplementedError: a named implementation cannot take the case; says which limit was hit.
+      ValueError: shapes do not match, a window does not fit the grid, or tiles do not fit the case.
+      NotImplementedError: a named implementation cannot take the case, and says which limit was hit; or tiles are asked
+        for, but no implementation that takes them.
     """
     window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
     named = checks.arrays(query=query, key=key, value=value)
@@ -93,16 +106,21 @@ def neighborhood_attention(
     lengths = [0 if x is None else x.shape[-3] for x in (additional_keys, additional_values)]
     if lengths[0] != lengths[1]:
         raise ValueError(f"additional_keys and additional_values must have the same length; got {lengths}")
-    bias = checks.bias(rpb, heads, window, query.dtype)
+    bias = checks.bias(rpb, batch, heads, window, query.dtype)
     scale = checks.scale(scale, dim)
+    precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
 
-    operands = [checks.fold_batch(x, batch) for x in (query, key, value, additional_keys, additional_values)] + [bias]
-    query, key, value, additional_keys, _, _ = operands
-    dispatch.check(fused.problem("fused_forward", query, key, value, additional_keys, bias, window), requested)
-    out, lse = fused.attention(*operands, neighborhood=window, scale=scale, implementation=requested)
-    out = out.reshape(*batch, *out.shape[1:])
-    return (out, lse.reshape(*batch, *lse.shape[1:])) if return_lse else out
+    problem = fused.problem("fused_forward", query, key, value, additional_keys, bias, window)
+    # The batch of one device is not known yet: vmap makes it larger, sharding smaller.
+    problem = dataclasses.replace(problem, batch=0 if problem.batch == 0 else 1)
+    dispatch.check(problem, requested)
+    dispatch.check_tiles(problem, requested, tiles)
+    operands = (query, key, value, additional_keys, additional_values, bias)
+    out, lse = fused.attention(
+        *operands, neighborhood=window, scale=scale, precision=precision, implementation=requested, tiles=tiles
+    )
+    return (out, lse) if return_lse else out
 
 
 na1d = with_rank(1, neighborhood_attention, "na1d")

@@ -13,33 +13,34 @@ def bias_gradient(weights: jax.Array, shape: tuple[int, ...], neighborhood: Neig
     """Sums attention weights (or their gradient) over all queries, by relative position of the key.
 
     Args:
-      weights: ``[B, *X, H, prod(kernel_size) + S]``; the slots of additional keys do not count.
-      shape: of the result, ``[G, H, *(2 * kernel_size - 1)]`` where G divides B.
+      weights: ``[*B, *X, H, prod(kernel_size) + S]``; the slots of additional keys do not count.
+      shape: of the result, ``[*G, H, *(2 * kernel_size - 1)]`` where each batch axis of G is that of B, or 1.
       neighborhood: the windows, without causal axes.
 
     Returns:
       An array of that shape in the accumulation dtype. Matrix products only, no scatter: deterministic on every device.
     """
-    batch, *grid, heads, _ = weights.shape
     rank, kernel_size = neighborhood.rank, neighborhood.kernel_size
+    first = weights.ndim - rank - 2  # grid axis
+    batch, grid = weights.shape[:first], weights.shape[first:-2]
     dtype = jnp.promote_types(weights.dtype, jnp.float32)
-    if batch == 0 or 0 in grid:
+    if 0 in (*batch, *grid):
         return jnp.zeros(shape, dtype)
-    total = weights[..., : neighborhood.window_size]
-    total = total.reshape(shape[0], batch // shape[0], *grid, heads, *kernel_size)
-    total = jnp.sum(total, axis=1, dtype=dtype)
-    for number, axis in enumerate(neighborhood.axes(tuple(grid))):
+    shared = tuple(axis for axis in range(first) if shape[axis] != batch[axis])
+    total = jnp.sum(weights[..., : neighborhood.window_size], axis=shared, dtype=dtype, keepdims=True)
+    total = total.reshape(*total.shape[:-1], *kernel_size)
+    for number, axis in enumerate(neighborhood.axes(grid)):
         # Slot k of query x is offset + K - 1 = shift(x) + k with shift in [0, K). Group the queries by their shift ...
         begin, _ = axis.window_bounds()
         shift = begin - np.arange(axis.length) // axis.dilation + axis.window - 1
         grouping = (jnp.asarray(shift)[:, None] == jnp.arange(axis.window)).astype(dtype)
-        # (axis 1 is the first grid axis left, the shifts go last)
-        total = jnp.tensordot(total, grouping, axes=[[1], [0]], precision=jax.lax.Precision.HIGHEST)
+        # (the first grid axis left is contracted, the shifts go last)
+        total = jnp.tensordot(total, grouping, axes=[[first], [0]], precision=jax.lax.Precision.HIGHEST)
         # ... then sum along the diagonals of (shift, slot).
         left = rank - number - 1
-        total = jnp.moveaxis(total, 1 + left + 1, -1)
+        total = jnp.moveaxis(total, first + left + 1, -1)
         total = _diagonal_sums(total)
-    return total.reshape(shape)
+    return total
 
 
 def _diagonal_sums(x: jax.Array) -> jax.Array:

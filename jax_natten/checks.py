@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_natten.neighborhood import Neighborhood
 
@@ -47,7 +48,14 @@ def split(name: str, array: jax.Array, window: Neighborhood) -> tuple[tuple[int,
             f"kernel_size {window.kernel_size}; got shape {array.shape}"
         )
     batch, grid = array.shape[: array.ndim - rank - 2], array.shape[array.ndim - rank - 2 : -2]
-    window.check_grid(grid)
+    try:
+        window.check_grid(grid)
+    except jax.errors.InconclusiveDimensionOperation:
+        least = tuple(k * d for k, d in zip(window.kernel_size, window.dilation))
+        raise ValueError(
+            f"the windows must fit the symbolic grid {grid}, whose lengths must be at least {least}: say so by the "
+            "constraints of jax.export.symbolic_shape"
+        ) from None
     if array.shape[-1] == 0 or array.shape[-2] == 0:
         raise ValueError(f"{name} must have at least one head and one channel; got shape {array.shape}")
     return batch, grid
@@ -86,8 +94,8 @@ def additional(name: str, array, like_name: str, like: jax.Array, batch: tuple[i
     return array if array.shape[-3] else None
 
 
-def bias(rpb, heads: int, window: Neighborhood, dtype) -> jax.Array | None:
-    """The bias operand ``[1, heads, *(2 * kernel_size - 1)]`` in the accumulation dtype, or None."""
+def bias(rpb, batch: tuple[int, ...], heads: int, window: Neighborhood, dtype) -> jax.Array | None:
+    """The bias operand in the accumulation dtype, with a batch axis of length 1 for each one of the query; or None."""
     if rpb is None:
         return None
     if not isinstance(rpb, jax.Array | np.ndarray) or not jnp.issubdtype(rpb.dtype, jnp.floating):
@@ -97,7 +105,7 @@ def bias(rpb, heads: int, window: Neighborhood, dtype) -> jax.Array | None:
         raise ValueError(f"rpb must have shape [heads, *(2 * kernel_size - 1)] = {expected}; got {rpb.shape}")
     if any(window.is_causal):
         raise ValueError(f"rpb cannot be combined with causal axes; got is_causal {window.is_causal}")
-    return jnp.asarray(rpb, jnp.promote_types(dtype, jnp.float32))[None]
+    return jnp.expand_dims(jnp.asarray(rpb, jnp.promote_types(dtype, jnp.float32)), tuple(range(len(batch))))
 
 
 def scale(value, dim: int) -> float:
@@ -114,11 +122,38 @@ def scale(value, dim: int) -> float:
     return float(value)
 
 
-def fold_batch(array: jax.Array | None, batch: tuple[int, ...]) -> jax.Array | None:
-    """Makes one batch axis of any number of them."""
-    if array is None or len(batch) == 1:
-        return array  # no reshape: an explicit sharding stays as it is
-    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
+_PRECISIONS = ("default", "fastest", "high", "highest", "bfloat16", "bfloat16_3x", "tensorfloat32", "float32")
+# What an algorithm that jax.default_matmul_precision may name asks for at least; DEFAULT for those left out.
+_ALGORITHMS = {
+    "BF16_BF16_F32_X3": lax.Precision.HIGH,
+    "BF16_BF16_F32_X6": lax.Precision.HIGHEST,
+    "BF16_BF16_F32_X9": lax.Precision.HIGHEST,
+    "TF32_TF32_F32": lax.Precision.HIGH,
+    "TF32_TF32_F32_X3": lax.Precision.HIGHEST,
+    "F32_F32_F32": lax.Precision.HIGHEST,
+    "F64_F64_F64": lax.Precision.HIGHEST,
+}
+
+
+def precision(value) -> lax.Precision:
+    """The precision of float32 products; None means ``jax.default_matmul_precision``, and HIGHEST if that is not set.
+
+    Unlike a matrix product of JAX, attention does not round its operands unless somebody asks for it: kernels of every
+    implementation then agree to float32.
+    """
+    if value is None:
+        value = jax.config.jax_default_matmul_precision
+        if value is None:
+            return lax.Precision.HIGHEST
+        if value in lax.DotAlgorithmPreset.__members__:
+            return _ALGORITHMS.get(value, lax.Precision.DEFAULT)
+    if isinstance(value, lax.Precision):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"precision must be None, a jax.lax.Precision or its name; got {value!r}")
+    if value not in _PRECISIONS:
+        raise ValueError(f"precision must be among {', '.join(_PRECISIONS)}; got {value!r}")
+    return lax.Precision(value)
 
 
 Function = TypeVar("Function", bound=Callable)

@@ -5,6 +5,9 @@ An implementation is a set of kernels behind the same primitives:
 ========  =========  ===============================================================================
 name      platforms  what it is
 ========  =========  ===============================================================================
+"sm90"    CUDA       tensor-core kernels for Hopper: the fused forward in float16 and bfloat16
+"sm80"    CUDA       tensor-core kernels for compute capability 8.0 and later: every operation in
+                     float16, bfloat16 and float32, head dims up to 256
 "naive"   CUDA       direct CUDA kernels, one query at a time; takes every case
 "cpu"     CPU        multi-threaded, vectorised C++; takes every case
 "xla"     any        pure JAX, blocked so that memory is bounded; takes every case
@@ -20,14 +23,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_natten import native
+from jax_natten import native, tiles
 from jax_natten.neighborhood import Neighborhood
 
-# Every name of the interface. "sm90" and "sm80" are reserved for kernels that are not there yet.
+# Every name of the interface.
 IMPLEMENTATIONS = ("sm90", "sm80", "naive", "cpu", "xla")
 
 # In order of preference; the last one of each platform takes everything.
 _PREFERENCE = {"cuda": ("sm90", "sm80", "naive", "xla"), "cpu": ("cpu", "xla")}
+# Taken by name only, never by None. "sm90" has proved itself under a driver of its own (tests/gpu/sm90_driver.cu), but
+# tests/gpu/test_sm90.py has not yet run on a GPU; "sm80" has run on the emulator alone. Once their GPU tests have
+# passed: make this empty.
+ONLY_BY_NAME = ("sm90", "sm80")
+# The implementations that can be told their tiles.
+_TAKES_TILES = ("sm90",)
 _PLATFORM = {"sm90": "cuda", "sm80": "cuda", "naive": "cuda", "cpu": "cpu"}
 
 
@@ -44,6 +53,9 @@ class Problem:
     value_dim: int
     additional_keys: int
     has_bias: bool
+    # Of the fused operations only; no other kernel has limits that depend on them.
+    batch: int = 0
+    grid: tuple[int, ...] = ()
 
 
 def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -66,7 +78,13 @@ def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def why_not(name: str, problem: Problem) -> str | None:
     """The limit that keeps implementation ``name`` from taking this problem on its own platform, or None."""
-    if name in ("sm90", "sm80"):
+    if name == "sm90" and problem.operation == "fused_forward":
+        reason = tiles.why_not(problem)
+        return reason and f"{name!r} {reason}"
+    if name == "sm80":
+        reason = tiles.why_not_sm80(problem)
+        return reason and f"{name!r} {reason}"
+    if name == "sm90":
         return f"{name!r} has no kernel for {problem.operation} yet"
     return None
 
@@ -82,6 +100,39 @@ def check(problem: Problem, requested: tuple[str, ...] | None) -> None:
         )
 
 
+def check_tiles(problem: Problem, requested: tuple[str, ...] | None, asked: tiles.Tiles | None) -> None:
+    """Raises if tiles are asked for and no requested implementation takes tiles, or if they do not fit the problem.
+
+    Raises:
+      TypeError: not :class:`jax_natten.tiles.Tiles`.
+      NotImplementedError: no implementation that takes tiles is requested.
+      ValueError: they do not fit; says why.
+    """
+    if asked is None:
+        return
+    if not isinstance(asked, tiles.Tiles):
+        raise TypeError(f"tiles must be None or jax_natten.Tiles; got {asked!r}")
+    if not set(_TAKES_TILES) & set(requested or _defaults("cuda")):
+        raise NotImplementedError(
+            f"tiles are for implementations {', '.join(_TAKES_TILES)}; got implementation={requested!r}"
+        )
+    reason = tiles.why_not(problem, asked)
+    if reason is not None:
+        raise ValueError(f"{asked} do not fit this case: {reason}")
+
+
+def tile_attribute(problem: Problem, names: Sequence[str], asked: tiles.Tiles | None) -> dict[str, np.ndarray]:
+    """The custom-call attribute that asks for tiles: where they are asked for and an implementation takes them."""
+    if asked is None or problem.operation != "fused_forward" or not set(_TAKES_TILES) & set(names):
+        return {}
+    check_tiles(problem, tuple(names), asked)  # again, for the shapes of one device
+    return {"tiles": np.asarray(asked.fields(), np.int64)}
+
+
+def _defaults(platform: str) -> tuple[str, ...]:
+    return tuple(name for name in _PREFERENCE.get(platform, ("xla",)) if name not in ONLY_BY_NAME)
+
+
 def candidates(problem: Problem, platform: str, requested: tuple[str, ...] | None = None) -> tuple[str, ...]:
     """Names of the implementations that take a problem on a platform, best first.
 
@@ -93,7 +144,7 @@ def candidates(problem: Problem, platform: str, requested: tuple[str, ...] | Non
     Raises:
       NotImplementedError: none of the requested ones applies; says which limit each of them hit.
     """
-    names = requested or _PREFERENCE.get(platform, ("xla",))
+    names = requested or _defaults(platform)
     reasons = {name: _why_not_here(name, problem, platform) for name in names}
     able = tuple(name for name in names if reasons[name] is None)
     if not able:

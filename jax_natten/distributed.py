@@ -1,104 +1,40 @@
 """Context parallelism: neighborhood attention whose grid axes are sharded over mesh axes.
 
-To be called inside ``jax.shard_map``. Keys and values near a shard's border come from the neighboring devices by
-``ppermute`` (the halo exchange), as many hops as the window is wide; queries never travel. Each device then runs the
-single-device attention on its *slab*: its own positions and the halo. Derivatives of every order follow, since the
-exchange is ordinary JAX code.
+:func:`neighborhood_attention` is for the inside of ``jax.shard_map``, :func:`sharded_attention` for whole arrays under
+``jit``. Keys and values near a shard's border come from the neighboring devices by ``ppermute`` (the halo exchange), as
+many hops as the window is wide; queries never travel. Derivatives of every order follow, since the exchange is ordinary
+JAX code.
 
-A slab must show every local query the window that it has on the whole grid. Windows shift at the borders of the grid
-and strides and dilation count from its origin, so slabs start at multiples of ``stride * dilation`` and end at the
-border wherever the whole slab would run past it. Slab positions that no local query sees are zeros, and the slab's
-queries outside of the shard are zeros whose outputs are dropped.
+Queries whose windows lie inside the shard (the interior) are attended by a call that does not wait for the exchange, so
+that XLA may run both at once; the others (the border) by calls on slabs of the shard and its halo. ``halo`` plans them.
+Slab positions that no local query sees are zeros. A call computes all queries of its slab: those outside of its part
+are dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from jax_natten import checks
+from jax_natten import checks, halo
 from jax_natten.attention import Bools, Ints
 from jax_natten.attention import neighborhood_attention as _attention
-from jax_natten.neighborhood import Axis, Neighborhood
+from jax_natten.exchange import Names, Pieces, ShardedAxis
+from jax_natten.halo import AxisPlan, Box, plan_axis
+from jax_natten.neighborhood import Neighborhood
 
+__all__ = ["neighborhood_attention", "plan_axis", "sharded_attention"]
 
-@dataclasses.dataclass(frozen=True)
-class AxisPlan:
-    """How one sharded grid axis is exchanged: the same static sizes on every device, and one slab start per device.
-
-    Attributes:
-      shard: positions per device.
-      left, right: halo widths, in positions.
-      size: positions of a slab.
-      starts: global position at which each device's slab starts.
-    """
-
-    shard: int
-    left: int
-    right: int
-    size: int
-    starts: tuple[int, ...]
-
-    @property
-    def exchanged(self) -> int:
-        """Positions that a device receives (and sends): the communication volume."""
-        return self.left + self.right
-
-
-@functools.cache
-def plan_axis(axis: Axis, shards: int, shard: int) -> AxisPlan:
-    """Plans the exchange of one grid axis.
-
-    Args:
-      axis: the axis of the whole grid.
-      shards: number of devices along it.
-      shard: positions per device, ``shards * shard >= axis.length``; what exceeds the length is padding at the end.
-
-    Raises:
-      ValueError: the shards do not cover the axis, or cover it twice.
-    """
-    if not shards * shard >= axis.length > 0:
-        raise ValueError(f"{shards} shards of {shard} positions do not hold a grid axis of length {axis.length}")
-    position = np.arange(axis.length)
-    begin, end = axis.window_bounds()
-    first_key = position % axis.dilation + begin * axis.dilation
-    last_key = position % axis.dilation + (end - 1) * axis.dilation
-    # Shards that hold padding alone need nothing.
-    owners = [np.arange(p * shard, min((p + 1) * shard, axis.length)) for p in range(shards)]
-    spans = [(int(first_key[own].min()), int(last_key[own].max()) + 1) if len(own) else None for own in owners]
-    left = max(p * shard - span[0] for p, span in enumerate(spans) if span)
-    right = max(span[1] - (p + 1) * shard for p, span in enumerate(spans) if span)
-
-    step = axis.stride * axis.dilation
-    size = axis.length % step
-    while True:
-        size = min(size, axis.length)
-        starts = tuple(min(span[0] // step * step, axis.length - size) if span else 0 for span in spans)
-        if all(_same_windows(axis, own, start, size) for own, start in zip(owners, starts)):
-            return AxisPlan(shard, max(left, 0), max(right, 0), size, starts)
-        size += step
-
-
-def _same_windows(axis: Axis, queries: np.ndarray, start: int, size: int) -> bool:
-    """Whether these global positions see on the slab what they see on the whole axis."""
-    if axis.window * axis.dilation > size:
-        return False
-    if not len(queries):
-        return True
-    if queries[0] < start or queries[-1] >= start + size:
-        return False
-    slab = dataclasses.replace(axis, length=size)
-    offset = start // axis.dilation
-    return all(
-        np.array_equal(whole[queries], part[queries - start] + offset)
-        for whole, part in zip(axis.window_bounds(), slab.window_bounds())
-    )
+# Splitting off the interior hides the exchange but computes queries at the border in vain. It pays while that takes
+# less time than the exchange. This many operations of attention take as long as receiving a byte: small windows reach
+# 58 to 175 TFLOP/s on an H200, NVLink about 350 GB/s, which makes 170 to 500. Slower networks allow more.
+FLOPS_PER_BYTE = 300
 
 
 def neighborhood_attention(
@@ -110,22 +46,26 @@ def neighborhood_attention(
     dilation: Ints = 1,
     is_causal: Bools = False,
     *,
-    mesh_axes: Sequence[Hashable],
+    mesh_axes: Sequence[Names],
     grid: Sequence[int] | None = None,
+    overlap: bool | None = None,
     return_lse: bool = False,
     **kwargs: Any,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """:func:`jax_natten.neighborhood_attention` on one device's shard of the grid, inside ``jax.shard_map``.
 
-    Memory per device is that of its shard and its halo. Each device attends from its whole slab, so the work grows with
-    the halo as well: shards should be wide against ``kernel_size * dilation``.
+    Memory per device is that of its shard and its halo. Each call attends from whole slabs, so the work grows with the
+    halo as well: shards should be wide against ``kernel_size * dilation``.
 
     Args:
       query, key, value: local shards ``[*batch, *X_local, heads, dim]``.
       kernel_size, stride, dilation, is_causal: windows on the whole grid.
       mesh_axes: for every grid axis the name of the mesh axis (or a tuple of names) that shards it, or None.
       grid: lengths of the whole grid. By default the local lengths times the number of shards; a smaller one says that
-        the last shards end in padding, whose outputs are zero.
+        the last shards end in padding, which is never read and whose outputs are zero.
+      overlap: whether the interior is attended while the halo travels. It costs additional work at the border, so that
+        None does it only where that takes less time than the exchange over NVLink, which is for small windows; True
+        also helps larger ones on slower networks. Where a shard has no interior, nothing overlaps.
       return_lse: whether to return the log-sum-exp as well; padding has zero there.
       **kwargs: scale, additional keys and values (whole on every device), rpb, implementation.
 
@@ -143,74 +83,157 @@ def neighborhood_attention(
     query, key, value = named.values()
     if query.ndim < rank + 2:
         raise ValueError(f"query must have at least {rank + 2} axes for kernel_size {kernel_size}; got {query.shape}")
+    checks.same_grid("key", key, "query", query)
+    checks.same_grid("value", value, "key", key)
     local = query.shape[query.ndim - rank - 2 : -2]
     shards = [1 if name is None else jax.lax.axis_size(name) for name in mesh_axes]
     whole = tuple(n * p for n, p in zip(local, shards)) if grid is None else tuple(grid)
     window.check_grid(whole)
-    for axis, (name, length, total) in enumerate(zip(mesh_axes, local, whole)):
+    for number, (name, length, total) in enumerate(zip(mesh_axes, local, whole)):
         if name is None and length != total:
-            raise ValueError(f"grid axis {axis} is not sharded: its local length {length} must be that of grid {whole}")
+            raise ValueError(
+                f"grid axis {number} is not sharded: its local length {length} must be that of grid {whole}"
+            )
 
-    slabs = []
-    for axis, (name, description) in enumerate(zip(mesh_axes, window.axes(whole))):
-        if name is None:
-            continue
-        slab = _Slab(query.ndim - rank - 2 + axis, name, plan_axis(description, shards[axis], local[axis]))
-        slabs.append(slab)
-        key, value, query = slab.gather(key), slab.gather(value), slab.embed(query)
-    out, lse = _attention(query, key, value, kernel_size, stride, dilation, is_causal, return_lse=True, **kwargs)
-    for slab in slabs:
-        out, lse = slab.extract(out), slab.extract(lse)
-    return (out, lse) if return_lse else out
+    axes = tuple(
+        ShardedAxis(query.ndim - rank - 2 + number, name, axis.length, plan_axis(axis, shards[number], local[number]))
+        for number, (name, axis) in enumerate(zip(mesh_axes, window.axes(whole)))
+        if name is not None
+    )
+    plans = [axis.plan for axis in axes]
+    if overlap is None:
+        group = query.shape[-2] // max(key.shape[-2], 1)
+        overlap = _hiding_pays(plans, 2 * window.window_size * group, query.dtype.itemsize)
+    for sharded in axes:
+        query, key, value = (sharded.clear_padding(x) for x in (query, key, value))
+    alone = [Pieces(x, axes) for x in (query, key, value)]
+    extended = [alone[0], *(pieces.exchanged() for pieces in alone[1:])]
+
+    def attend(sources: Sequence[Pieces], box: Box, keep: Box) -> list[jax.Array]:
+        """Output and LSE of the queries of ``keep``, from the slab of a box."""
+        slab = [part.offsets for part in box], [part.size for part in box]
+        q, k, v = (source.cut(*slab) for source in sources)
+        results = _attention(q, k, v, kernel_size, stride, dilation, is_causal, return_lse=True, **kwargs)
+        starts = [[run.begin - offset for offset in part.offsets] for part, run in zip(box, keep)]
+        return [Pieces(x, axes).cut(starts, [run.end - run.begin for run in keep]) for x in results]
+
+    first, borders = halo.cover(plans, overlap)
+    unaided = all(part is plan.interior for part, plan in zip(first, plans))
+    # The whole shard, of which the border is wrong and written over.
+    results = attend(alone if unaided else extended, first, tuple(plan.whole for plan in plans))
+    for box in borders:
+        begins = [0] * query.ndim
+        for sharded, part in zip(axes, box):
+            begins[sharded.axis] = part.begin
+        pieces = attend(extended, box, box)
+        results = [jax.lax.dynamic_update_slice(x, p, begins[: x.ndim]) for x, p in zip(results, pieces)]
+    for sharded in axes:
+        results = [sharded.clear_padding(x) for x in results]
+    return (results[0], results[1]) if return_lse else results[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slab:
-    """Moves one array axis between shard and slab."""
+def _hiding_pays(plans: Sequence[AxisPlan], flops: int, itemsize: int) -> bool:
+    """Whether splitting off the interior costs less time than receiving the halo.
 
-    axis: int
-    name: Hashable
-    plan: AxisPlan
+    Args:
+      flops: operations per query and channel of a key head.
+      itemsize: bytes per channel.
+    """
+    queries = halo.attended(plans, split=True) - halo.attended(plans, split=False)
+    return queries * flops <= FLOPS_PER_BYTE * halo.received(plans) * itemsize
 
-    @property
-    def _offsets(self) -> tuple[int, ...]:
-        """Of every device: where its slab starts, from the start of its shard."""
-        return tuple(start - device * self.plan.shard for device, start in enumerate(self.plan.starts))
 
-    def gather(self, x: jax.Array) -> jax.Array:
-        """The slab of keys or values: own positions, halo, and zeros where no local query looks."""
-        plan = self.plan
-        parts = [*self._received(x, plan.left, from_left=True), x, *self._received(x, plan.right, from_left=False)]
-        extended = jnp.concatenate(parts, self.axis)
-        return self._cut(extended, [plan.left + offset for offset in self._offsets], plan.size)
+def sharded_attention(
+    mesh: Mesh,
+    *,
+    grid: Sequence[Names],
+    batch: Names = None,
+    heads: Names = None,
+    overlap: bool | None = None,
+) -> Callable[..., Any]:
+    """Neighborhood attention of whole arrays under ``jit``, with the grid sharded over a mesh.
 
-    def embed(self, x: jax.Array) -> jax.Array:
-        """The slab of queries: the own positions, zeros elsewhere."""
-        return self._cut(x, self._offsets, self.plan.size)
+    A ``jax.shard_map`` around :func:`neighborhood_attention`, to be used as it is or as the ``attention`` of a layer::
 
-    def extract(self, x: jax.Array) -> jax.Array:
-        """The own positions of a slab; zeros for padding."""
-        return self._cut(x, [-offset for offset in self._offsets], self.plan.shard)
+        mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+        attention = sharded_attention(mesh, batch="data", grid=("context", None))
+        out = jax.jit(attention, static_argnums=3)(query, key, value, (7, 7))  # [batch, height, width, heads, dim]
 
-    def _cut(self, x: jax.Array, starts: Sequence[int], size: int) -> jax.Array:
-        """``x[start : start + size]`` with every device's own start, and zeros where that runs past either end."""
-        before, after = max(0, -min(starts)), max(0, max(starts) + size - x.shape[self.axis])
-        padding = [(0, 0)] * x.ndim
-        padding[self.axis] = (before, after)
-        start = jnp.asarray(starts, jnp.int32)[jax.lax.axis_index(self.name)]
-        return jax.lax.dynamic_slice_in_dim(jnp.pad(x, padding), before + start, size, self.axis)
+    Grid axes that the shards do not divide are padded.
 
-    def _received(self, x: jax.Array, width: int, *, from_left: bool) -> list[jax.Array]:
-        """The ``width`` positions next to the shard, in order; zeros past the border of the grid."""
-        devices, shard = len(self.plan.starts), self.plan.shard
-        parts = []
-        for hop in range(1, -(-width // shard) + 1):
-            count = min(shard, width - (hop - 1) * shard)
-            if from_left:
-                part = jax.lax.slice_in_dim(x, shard - count, shard, axis=self.axis)
-                pairs = [(p, p + hop) for p in range(devices - hop)]
-            else:
-                part = jax.lax.slice_in_dim(x, 0, count, axis=self.axis)
-                pairs = [(p + hop, p) for p in range(devices - hop)]
-            parts.append(jax.lax.ppermute(part, self.name, pairs))
-        return parts[::-1] if from_left else parts
+    Args:
+      mesh: the devices.
+      grid: for every grid axis the mesh axis (or a tuple of them) that shards it, or None.
+      batch: the same for the first batch axis, whose length it must divide.
+      heads: the same for the heads, of queries and of keys and values.
+      overlap: as in :func:`neighborhood_attention`.
+
+    Returns:
+      A function with the arguments and results of :func:`jax_natten.neighborhood_attention`.
+    """
+    names = tuple(grid)
+
+    def attention(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        scale: float | None = None,
+        additional_keys: jax.Array | None = None,
+        additional_values: jax.Array | None = None,
+        *,
+        rpb: jax.Array | None = None,
+        return_lse: bool = False,
+        implementation: str | Sequence[str] | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
+        if window.rank != len(names):
+            raise ValueError(f"this attention has {len(names)} grid axes, {names}; got kernel_size {kernel_size}")
+        leading, whole = checks.split("query", query, window)
+        pads = [-length % _devices(mesh, name) for length, name in zip(whole, names)]
+        batches = (batch, *[None] * (len(leading) - 1)) if leading else ()
+
+        grid_spec, extra_spec = PartitionSpec(*batches, *names, heads), PartitionSpec(*batches, None, heads)
+        operands = {
+            "query": (query, grid_spec),
+            "key": (key, grid_spec),
+            "value": (value, grid_spec),
+            "additional_keys": (additional_keys, extra_spec),
+            "additional_values": (additional_values, extra_spec),
+            "rpb": (rpb, PartitionSpec(heads)),
+        }
+        arrays = {name: array for name, (array, _) in operands.items() if array is not None}
+        specs = {name: operands[name][1] for name in arrays}
+        if any(pads):
+            widths = [(0, 0)] * len(leading) + [(0, pad) for pad in pads] + [(0, 0)] * 2
+            arrays |= {name: jnp.pad(arrays[name], widths) for name in ("query", "key", "value")}
+
+        def local(arrays: dict[str, jax.Array]) -> Any:
+            return neighborhood_attention(
+                **arrays,
+                **dataclasses.asdict(window),
+                mesh_axes=names,
+                grid=whole,
+                overlap=overlap,
+                scale=scale,
+                return_lse=True,
+                implementation=implementation,
+            )
+
+        results = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(grid_spec, grid_spec))(arrays)
+        if any(pads):
+            kept = (slice(None),) * len(leading) + tuple(slice(length) for length in whole)
+            results = tuple(x[kept] for x in results)
+        return results if return_lse else results[0]
+
+    return attention
+
+
+def _devices(mesh: Mesh, names: Names) -> int:
+    """Number of devices along a mesh axis, or along several."""
+    if names is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)))

@@ -6,6 +6,7 @@ Knows no framework; calls the public functions only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ def attention(
     broadcast_dropout: bool = True,
     record: Callable[[jax.Array], object] | None = None,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
+    attention: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Neighborhood attention, with dropout on the attention weights if asked for.
 
@@ -45,22 +48,31 @@ def attention(
       dropout_rng: needed if ``dropout_rate`` is above 0.
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       record: called with the attention weights before dropout, ``[*batch, *grid, num_heads, prod(kernel_size)]``.
-      implementation: as in :func:`jax_natten.neighborhood_attention`.
+      implementation, precision: as in :func:`jax_natten.neighborhood_attention`.
+      attention: called in the place of :func:`jax_natten.neighborhood_attention`.
 
     Returns:
       ``[*batch, *grid, num_heads, value_dim]``.
+
+    Raises:
+      NotImplementedError: the attention weights are needed, and the attention is the caller's.
     """
+    kernels: dict[str, Any] = {"implementation": implementation, "precision": precision}
     windows = (neighborhood.kernel_size, neighborhood.stride, neighborhood.dilation, neighborhood.is_causal)
     if dropout_rate == 0.0 and record is None:
-        return jax_natten.neighborhood_attention(
-            query, key, value, *windows, scale=scale, rpb=rpb, implementation=implementation
+        attention = attention or jax_natten.neighborhood_attention
+        return attention(query, key, value, *windows, scale=scale, rpb=rpb, **kernels)
+    if attention is not None:
+        raise NotImplementedError(
+            "dropout on the attention weights and recording them take the unfused operations: not with an attention of "
+            f"the caller's; got {attention}"
         )
     if dropout_rate and dropout_rng is None:
         raise ValueError("dropout on the attention weights needs a random key; got dropout_rng=None")
 
     rank = neighborhood.rank
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = jax_natten.neighborhood_qk(query * scale, key, *windows, rpb=rpb, implementation=implementation)
+    scores = jax_natten.neighborhood_qk(query * scale, key, *windows, rpb=rpb, **kernels)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(value.dtype)
     if record is not None:
         record(weights)
@@ -70,7 +82,7 @@ def attention(
             shape = (1,) * (len(shape) - rank - 2) + shape[-rank - 2 : -2] + (1, shape[-1])
         keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0)
-    return jax_natten.neighborhood_av(weights, value, *windows, implementation=implementation)
+    return jax_natten.neighborhood_av(weights, value, *windows, **kernels)
 
 
 def check_inputs(inputs: jax.Array, neighborhood: Neighborhood) -> None:

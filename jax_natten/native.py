@@ -9,6 +9,7 @@ import importlib
 from types import ModuleType
 
 import jax
+import jax.export
 
 # The custom-call targets, the same names on every platform. Names and attributes are a wire format: exported programs
 # hold them, so their meaning never changes.
@@ -19,6 +20,9 @@ TARGETS = (
     "jax_natten_nn",
     "jax_natten_in",
 )
+
+# What ``jax.export.export(..., disabled_checks=EXPORT_DISABLED_CHECKS)`` must be told to write calls of these targets.
+EXPORT_DISABLED_CHECKS = tuple(jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS)
 
 
 def _load(name: str, platform: str) -> ModuleType | None:
@@ -34,3 +38,5 @@ def _load(name: str, platform: str) -> ModuleType | None:
 cpu = _load("_cpu", "cpu")
 # XLA's spelling of this platform is upper case; the lower-case one is silently never looked up.
 cuda = _load("_cuda", "CUDA")
+# Either library tells which cases and tiles the Hopper kernels take, and what they cost.
+model = cpu or cuda

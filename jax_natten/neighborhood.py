@@ -93,7 +93,7 @@ class Neighborhood:
         """Shape of one head's relative position bias, 2 K - 1 per axis."""
         return tuple(2 * k - 1 for k in self.kernel_size)
 
-    def check_grid(self, grid: Sequence[int]) -> None:
+    def check_grid(self, grid: Sequence) -> None:
         """Raises ValueError unless the windows fit in a grid of this shape. An empty axis always fits."""
         if len(grid) != self.rank:
             raise ValueError(f"kernel_size {self.kernel_size} needs {self.rank} grid axes; got grid {tuple(grid)}")
@@ -103,7 +103,8 @@ class Neighborhood:
                     f"kernel_size * dilation must be at most the axis length; got {window} * {dilation} > {length} "
                     f"on axis {axis} of grid {tuple(grid)}"
                 )
-            if length > MAX_AXIS_LENGTH:
+            # A symbolic length (jax.export) has no bound; the kernels look when they know it.
+            if isinstance(length, int | np.integer) and length > MAX_AXIS_LENGTH:
                 raise ValueError(f"axis {axis} of grid {tuple(grid)} is longer than {MAX_AXIS_LENGTH}")
 
     def axes(self, grid: Sequence[int]) -> tuple[Axis, ...]:

@@ -28,6 +28,7 @@ def neighborhood_qk(
     rpb: jax.Array | None = None,
     *,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
 ) -> jax.Array:
     """Scores of every query with the keys of its window, before the softmax and unscaled (scale the query).
 
@@ -39,7 +40,8 @@ def neighborhood_qk(
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_keys: ``[*batch, S, Hkv, D]``, seen by every query.
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]``, added to the scores. Not with causal axes.
-      implementation: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`. Here derivatives of every order run on what is
+        named.
 
     Returns:
       ``[*batch, *X, Hq, prod(kernel_size) + S]`` in the dtype of ``query``. Causal slots past the query hold -inf.
@@ -55,13 +57,21 @@ def neighborhood_qk(
     checks.channels("key", key, "query", query.shape[-1])
     checks.groups("query", heads, "key", kv_heads)
     additional_keys = checks.additional("additional_keys", additional_keys, "query", query, batch, kv_heads, dim)
-    bias = checks.bias(rpb, heads, window, query.dtype)
+    bias = checks.bias(rpb, batch, heads, window, query.dtype)
+    precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     extra = 0 if additional_keys is None else additional_keys.shape[-3]
     dispatch.check(unfused.problem("pn", query.dtype, heads, kv_heads, dim, extra, rpb is not None, window), requested)
-    operands = [*(checks.fold_batch(array, batch) for array in (query, key, additional_keys)), bias]
-    weights = unfused.pn(*operands, neighborhood=window, fill_negative_infinity=True, implementation=requested)
-    return weights.reshape(*batch, *weights.shape[1:])
+    return unfused.pn(
+        query,
+        key,
+        additional_keys,
+        bias,
+        neighborhood=window,
+        fill_negative_infinity=True,
+        precision=precision,
+        implementation=requested,
+    )
 
 
 def neighborhood_av(
@@ -74,6 +84,7 @@ def neighborhood_av(
     additional_values: jax.Array | None = None,
     *,
     implementation: str | Sequence[str] | None = None,
+    precision: str | jax.lax.Precision | None = None,
 ) -> jax.Array:
     """Sum of the values of every query's window, weighted by ``attn``.
 
@@ -84,7 +95,8 @@ def neighborhood_av(
       value: ``[*batch, *X, Hkv, Dv]``; Hkv divides Hq.
       kernel_size, stride, dilation, is_causal: see :func:`neighborhood_attention`.
       additional_values: ``[*batch, S, Hkv, Dv]``.
-      implementation: see :func:`neighborhood_attention`.
+      implementation, precision: see :func:`neighborhood_attention`. Here derivatives of every order run on what is
+        named.
 
     Returns:
       ``[*batch, *X, Hq, Dv]`` in the dtype of ``attn``.
@@ -107,11 +119,11 @@ def neighborhood_av(
             f"the last axis of attn must be prod(kernel_size) + additional values = {window.window_size} + {extra}; "
             f"got shape {attn.shape}"
         )
+    precision = checks.precision(precision)
     requested = dispatch.parse(implementation)
     dispatch.check(unfused.problem("nn", attn.dtype, heads, kv_heads, dim, extra, False, window), requested)
-    operands = [checks.fold_batch(array, batch) for array in (attn, value, additional_values)]
-    out = unfused.nn(*operands, neighborhood=window, implementation=requested)
-    return out.reshape(*batch, *out.shape[1:])
+    operands = (attn, value, additional_values)
+    return unfused.nn(*operands, neighborhood=window, precision=precision, implementation=requested)
 
 
 na1d_qk = with_rank(1, neighborhood_qk, "na1d_qk")

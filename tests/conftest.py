@@ -40,6 +40,8 @@ def _missing_for_gpu() -> str | None:
 
     if native.cuda is None:
         return "the CUDA extension is not built"
+    if hasattr(native.cuda, "is_emulated"):
+        return None
     if not any(device.platform == "gpu" for device in jax.devices()):
         return "no CUDA device"
     return None

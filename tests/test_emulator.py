@@ -1,5 +1,6 @@
 """The CUDA kernels on the CPU, built by g++ with the stand-ins of tests/emulator and compared with the definition."""
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -15,7 +16,10 @@ def run(name, *arguments):
     """Builds and runs a test of tests/emulator."""
     if shutil.which("g++") is None or shutil.which("make") is None:
         pytest.skip("needs g++ and make")
-    subprocess.run(["make", "-C", ROOT / "tests" / "emulator", f"-j{os.cpu_count()}", name], check=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:  # tests in other processes build in the same place
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "-C", ROOT / "tests" / "emulator", f"-j{os.cpu_count()}", name], check=True)
     result = subprocess.run([BUILD / name, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
@@ -30,3 +34,11 @@ def test_sm90_backward_kernels_compute_the_gradients():
 
 def test_sm90_forward_kernels_compute_the_definition():
     run("test_sm90_forward", "30")
+
+
+def test_sm80_fused_kernels_compute_the_definition():
+    run("test_sm80_fused", "20")
+
+
+def test_sm80_unfused_kernels_compute_the_definition():
+    run("test_sm80_unfused", "40")

@@ -77,7 +77,7 @@ def call(target, operands=None, results=None, attributes=None, remove=()):
 
     arguments = [np.ones(s.shape, s.dtype) for s in buffers(right_operands, operands)]
     shapes = tuple(buffers(right_results, results))
-    named = WINDOW | right_attributes | {"implementation": "cpu"} | (attributes or {})
+    named = WINDOW | right_attributes | {"implementation": "cpu", "precision": "highest"} | (attributes or {})
     named = {name: value for name, value in named.items() if name not in remove}
     return jax.block_until_ready(jax.ffi.ffi_call(target, shapes)(*arguments, **named))
 
@@ -167,6 +167,8 @@ BAD_ATTRIBUTES = {
     "implementation of another platform": ({"implementation": "naive"}, ["implementation", "naive"]),
     "empty implementation": ({"implementation": ""}, ["implementation"]),
     "implementation of an int": ({"implementation": np.int64(1)}, ["implementation"]),
+    "unknown precision": ({"precision": "exact"}, ["precision", "exact", "highest"]),
+    "precision of an int": ({"precision": np.int64(2)}, ["precision"]),
     "surplus attribute": ({"tile": np.int64(8)}, ["attributes"]),
 }
 
@@ -184,7 +186,7 @@ def test_a_bad_attribute_is_refused(name):
 
 @pytest.mark.parametrize("target", CALLS)
 def test_a_missing_attribute_is_refused(target):
-    for name in (*WINDOW, *CALLS[target][2], "implementation"):
+    for name in (*WINDOW, *CALLS[target][2], "precision", "implementation"):
         assert_refused(target, name, remove=(name,))
 
 
@@ -194,6 +196,16 @@ def test_attributes_of_the_wrong_type_are_refused():
         assert_refused("jax_natten_fused_forward", "scale", attributes={"scale": scale})
     for fill in (np.int64(5), np.float64(2.5)):
         assert_refused("jax_natten_pn", "fill_negative_infinity", attributes={"fill_negative_infinity": fill})
+
+
+def test_the_forward_may_be_asked_for_tiles_and_other_calls_may_not():
+    tiles = {"tiles": np.arange(1, 14, dtype=np.int64)}
+    without, asked = (call("jax_natten_fused_forward", attributes=a) for a in ({}, tiles))  # "cpu" does as it likes
+    np.testing.assert_array_equal(asked[0], without[0])
+    assert_refused("jax_natten_fused_forward", "tiles", attributes={"tiles": np.array([1.5, 2.5])})
+    for target in CALLS:
+        if target != "jax_natten_fused_forward":
+            assert_refused(target, "attributes", attributes=tiles)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -12,7 +13,7 @@ from checks import Case, fused, fused_with_gradients, operand_shapes
 from problems import problem
 
 import jax_natten
-from jax_natten import dispatch, native
+from jax_natten import Tiles, dispatch, native
 from jax_natten.primitives import workspace
 
 SHAPE = problem("lowering", 2, 4, 2, 5, [6, 7], [3, 4], [1, 2], [2, 1], [True, False])
@@ -69,6 +70,25 @@ def test_fused_attention_lowers_to_its_two_calls(platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("gradient", [jax.grad, jax.value_and_grad])
+def test_a_gradient_lowers_to_one_forward_and_one_backward_call(gradient, platform):
+    operands, _ = _structs(CASE)
+
+    def loss(x):
+        return sum((r.astype(jnp.float32) ** 2).sum() for r in fused(CASE, None)(x))
+
+    found = calls(lowered(gradient(loss), operands, platforms=(platform,)))
+    assert found.keys() == {"jax_natten_fused_forward", "jax_natten_fused_backward"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_forward_mode_runs_the_forward_kernel_and_pure_jax(platform):
+    operands, _ = _structs(CASE)
+    text = lowered(lambda x: jax.jvp(fused(CASE, None), (x,), (x,)), operands, platforms=(platform,))
+    assert calls(text).keys() == {"jax_natten_fused_forward"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_unfused_attention_lowers_to_its_three_operations(platform):
     operands, (d_out, _) = _structs(CASE)
     text = lowered(_unfused, operands, d_out, platforms=(platform,))
@@ -88,6 +108,7 @@ def test_calls_hold_the_attributes_of_the_wire_format(platform):
             "dilation": "dense<[2, 1]> : tensor<2xi64>",
             "is_causal": "dense<[1, 0]> : tensor<2xi64>",
             "scale": "2.500000e-01 : f64",
+            "precision": '"highest"',
             "implementation": f'"{KERNELS[platform]}"',
         }
 
@@ -157,6 +178,98 @@ def test_one_function_for_several_platforms_holds_the_calls_of_each():
 def test_named_kernels_are_passed_on_in_order_of_preference():
     with_fallback = lowered(fused(CASE, ("sm90", "cpu", "xla")), _structs(CASE)[0], platforms=("cpu",))
     assert 'implementation = "cpu"' in with_fallback
+
+
+HOPPER = Case(problem("hopper", 2, 4, 2, 64, [40, 36], [7, 9]), "bfloat16")
+TILES = Tiles("wide", (16, 8), (8, 8), (16, 8))
+
+needs_library = pytest.mark.skipif(native.model is None, reason="no library is built to ask for the limits of sm90")
+
+
+def attention(implementation, tiles=None, case=HOPPER):
+    def run(x):
+        return jax_natten.na2d(**x, **case.problem.window, implementation=implementation, tiles=tiles)
+
+    return run
+
+
+@needs_library
+def test_hopper_kernels_are_called_where_they_are_named():
+    line = calls(lowered(attention("sm90"), _structs(HOPPER)[0], platforms=("cuda",)))["jax_natten_fused_forward"]
+    assert 'implementation = "sm90"' in line and "tiles" not in line
+    text = lowered(attention(("sm90", "naive")), _structs(HOPPER)[0], platforms=("cuda",))
+    assert 'implementation = "sm90,naive"' in text  # on a GPU that is no Hopper the next one takes over
+
+
+@needs_library
+def test_none_takes_hopper_kernels_unless_they_must_be_named(monkeypatch):
+    first = 'implementation = "sm90,'
+    text = lowered(attention(None), _structs(HOPPER)[0], platforms=("cuda",))
+    assert (first in text) == ("sm90" not in dispatch.ONLY_BY_NAME)
+    monkeypatch.setattr(dispatch, "ONLY_BY_NAME", ())
+    jax.clear_caches()
+    assert first in lowered(attention(None), _structs(HOPPER)[0], platforms=("cuda",))
+
+
+@needs_library
+def test_the_backward_of_a_hopper_forward_is_the_next_name():
+    structs = _structs(HOPPER)
+    found = calls(lowered(fused_with_gradients(HOPPER, ("sm90", "naive")), *structs, platforms=("cuda",)))
+    assert 'implementation = "sm90,naive"' in found["jax_natten_fused_forward"]
+    assert 'implementation = "naive"' in found["jax_natten_fused_backward"]
+    with pytest.raises(NotImplementedError, match="'sm90' has no kernel for fused_backward yet"):
+        lowered(fused_with_gradients(HOPPER, "sm90"), *structs, platforms=("cuda",))
+
+
+@needs_library
+def test_a_case_beyond_the_hopper_kernels_goes_to_the_next_name():
+    case = dataclasses.replace(HOPPER, dtype="float32")
+    with pytest.raises(NotImplementedError, match="'sm90' takes float16 and bfloat16 only"):
+        lowered(fused(case, "sm90"), _structs(case)[0], platforms=("cuda",))
+    text = lowered(fused(case, ("sm90", "naive")), _structs(case)[0], platforms=("cuda",))
+    assert 'implementation = "naive"' in text
+    with pytest.raises(NotImplementedError, match="'sm90' runs on platform 'cuda' only"):
+        lowered(fused(HOPPER, "sm90"), _structs(HOPPER)[0], platforms=("cpu",))
+
+
+@needs_library
+def test_tiles_travel_with_the_forward_alone():
+    numbers = "dense<[0, 1, 16, 8, 1, 8, 8, 1, 16, 8, 1, 2, 2]> : tensor<13xi64>"
+    run = attention(("sm90", "naive"), TILES)
+    text = lowered(run, _structs(HOPPER)[0], platforms=("cuda",))
+    assert f"tiles = {numbers}" in text
+    gradient = jax.grad(lambda x: run(x).astype(jnp.float32).sum())
+    found = calls(lowered(gradient, _structs(HOPPER)[0], platforms=("cuda",)))
+    assert "tiles" in found["jax_natten_fused_forward"] and "tiles" not in found["jax_natten_fused_backward"]
+    mapped = jax.vmap(run)
+    stacked = {n: jax.ShapeDtypeStruct((3, *s.shape), s.dtype) for n, s in _structs(HOPPER)[0].items()}
+    assert f"tiles = {numbers}" in lowered(mapped, stacked, platforms=("cuda",))
+    assert "tiles" not in lowered(attention(("sm90", "cpu"), TILES), _structs(HOPPER)[0], platforms=("cpu",))
+
+
+@needs_library
+def test_hopper_kernels_take_a_symbolic_batch():
+    (batch,) = jax.export.symbolic_shape("b")
+    operands = {n: jax.ShapeDtypeStruct((batch, *s.shape[1:]), s.dtype) for n, s in _structs(HOPPER)[0].items()}
+    for asked in (None, TILES):
+        function = jax.jit(attention(("sm90", "naive"), asked))
+        checks = jax_natten.EXPORT_DISABLED_CHECKS
+        text = jax.export.export(function, platforms=("cuda",), disabled_checks=checks)(operands).mlir_module()
+        assert 'implementation = "sm90,naive"' in text and ("tiles = " in text) == (asked is not None)
+
+
+@needs_library
+def test_tiles_that_cannot_be_honoured_are_errors_at_trace_time():
+    operands = _structs(HOPPER)[0]
+    with pytest.raises(ValueError, match="do not fit this case: query tiles must have two parts"):
+        jax.eval_shape(attention("sm90", Tiles("wide", (16, 8), (16, 8), (16, 8))), operands)
+    with pytest.raises(ValueError, match="do not fit this case: tiles must have 2 entries"):
+        jax.eval_shape(attention("sm90", Tiles("wide", (128,), (64,), (128,))), operands)
+    with pytest.raises(TypeError, match="tiles must be None or"):
+        jax.eval_shape(attention("sm90", (16, 8)), operands)
+    for implementation in ("naive", ("cpu", "xla"), *((None,) if "sm90" in dispatch.ONLY_BY_NAME else ())):
+        with pytest.raises(NotImplementedError, match="tiles are for implementations sm90"):
+            jax.eval_shape(attention(implementation, TILES), operands)
 
 
 def test_second_derivatives_need_no_unknown_call():

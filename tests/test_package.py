@@ -73,7 +73,15 @@ def test_library_exports_its_entry_point_only(name):
 
 def test_info_names_versions_libraries_and_implementations(tmp_path):
     text = run("-P", "-m", "jax_natten", "info", cwd=tmp_path, JAX_PLATFORMS="cpu")
-    for word in (jax_natten.__version__, jax.__version__, "CPU library", "CUDA library", "bfloat16", "float64"):
+    for word in (
+        jax_natten.__version__,
+        jax.__version__,
+        "CPU library",
+        "CUDA library",
+        "bfloat16",
+        "float64",
+        "jax.jvp",
+    ):
         assert word in text
     rows = [re.split(r"\s{2,}", line) for line in text.splitlines()]
     assert ["cpu", "float32", "cpu, xla", "cpu, xla", "cpu, xla"] in rows

@@ -1,4 +1,4 @@
-"""The Python snippets of README.md run as they are when pasted."""
+"""The Python snippets of README.md and of the pages in docs/ run as they are when pasted."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[1]
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.stem}-{number}")
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+]
 
 
-def test_the_readme_has_snippets():
-    assert len(SNIPPETS) >= 4
+@pytest.mark.parametrize(("page", "least"), [("README", 4), ("distributed", 2)])
+def test_pages_have_snippets(page, least):
+    assert sum(parameter.id.startswith(f"{page}-") for parameter in SNIPPETS) >= least
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_runs(snippet, tmp_path):
     # A process of its own, without the settings of the test suite (float64, several devices).
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_ENABLE_X64", "XLA_FLAGS")}

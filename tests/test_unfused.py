@@ -47,7 +47,7 @@ def test_everything_at_once_in_every_dtype(case, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dim, value_dim", [(1, 1), (3, 130), (65, 2), (160, 33)])
 def test_any_head_dim(dim, value_dim, implementation):
-    shape = problem(f"dims{dim}_{value_dim}", 1, 2, 1, dim, [10], [4])
+    shape = problem(f"dims{dim}_{value_dim}", 1, 2, 1, dim, [72], [4])
     check_unfused(Case(shape, value_dim=value_dim, additional=2), implementation)
 
 

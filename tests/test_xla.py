@@ -20,6 +20,7 @@ from jax_natten import Neighborhood, reference
 from jax_natten.xla import fused, tiling, unfused
 from jax_natten.xla.blocks import contract
 
+EXACT = jax.lax.Precision.HIGHEST
 quick = QUICK_COMPILE if jax.default_backend() == "cpu" else None
 
 
@@ -131,11 +132,11 @@ def test_each_bias_serves_its_part_of_the_batch(small_steps):
     parts = [(*(x[2 * i : 2 * i + 2] for x in operands[:5]), operands[5][i : i + 1]) for i in range(3)]
 
     def both(*operands):
-        out, lse = fused.forward(*operands, neighborhood=neighborhood, scale=0.5)
+        out, lse = fused.forward(*operands, neighborhood=neighborhood, scale=0.5, precision=EXACT)
         d_out, d_lse = jnp.sin(out), jnp.cos(lse)
-        grads = fused.backward(*operands, out, lse, d_out, d_lse, neighborhood=neighborhood, scale=0.5)
+        grads = fused.backward(*operands, out, lse, d_out, d_lse, neighborhood=neighborhood, scale=0.5, precision=EXACT)
         queries, keys, _, additional, _, bias = operands
-        options = {"neighborhood": neighborhood, "fill_negative_infinity": False}
+        options = {"neighborhood": neighborhood, "precision": EXACT, "fill_negative_infinity": False}
         return out, lse, *grads, *unfused.pn(queries, keys, additional, bias, **options)
 
     separate = [run(both, *part) for part in parts]
@@ -152,7 +153,7 @@ SECOND_ORDER = (
 def test_derivatives_of_every_function_match_those_of_the_definition(small_steps, case):
     neighborhood, grid, options = case
     operands = draw(neighborhood, grid, **options)
-    parameters = {"neighborhood": neighborhood, "scale": -0.6}
+    parameters = {"neighborhood": neighborhood, "scale": -0.6, "precision": EXACT}
 
     def definition(*operands):
         *tensors, extra_keys, extra_values, bias = operands
@@ -192,7 +193,7 @@ def test_memory_stays_that_of_operands_and_results_at_every_order():
     shape = (1, *grid, heads, dim)
     x, row = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape[:-1]))
     extra, bias = jnp.zeros((1, 0, heads, dim)), jnp.zeros((1, 0, *neighborhood.bias_shape))
-    parameters = {"neighborhood": neighborhood, "scale": 0.3}
+    parameters = {"neighborhood": neighborhood, "scale": 0.3, "precision": EXACT}
 
     def forward(*qkv):
         return fused.forward(*qkv, extra, extra, bias, **parameters)
@@ -228,31 +229,32 @@ def test_contraction_treats_infinity_and_nan_as_a_sum_over_the_mask_would(values
     v[:, :, :, 1, 0], v[:, :, :, 3, 0] = values
     with np.errstate(invalid="ignore"):
         expected = np.where(mask[..., None], weights[..., None] * v[:, :, :, None, None], 0).sum(-2)
-    result = contract("bnhgqk,bnhkd->bnhgqd", jnp.asarray(weights), jnp.asarray(v), jnp.asarray(mask))
+    result = contract("bnhgqk,bnhkd->bnhgqd", jnp.asarray(weights), jnp.asarray(v), jnp.asarray(mask), EXACT)
     np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch, grid", [(0, (4, 4)), (2, (0, 4))])
 def test_empty_problems_have_empty_results_and_zero_gradients(batch, grid):
     neighborhood = Neighborhood.make((3, 3))
+    window = {"neighborhood": neighborhood, "precision": EXACT}
     operands = draw(neighborhood, grid, batch=batch)
-    out, lse = fused.forward(*operands, neighborhood=neighborhood, scale=1.0)
+    out, lse = fused.forward(*operands, **window, scale=1.0)
     assert (out.shape, lse.shape) == ((batch, *grid, 2, 2), (batch, *grid, 2))
-    grads = fused.backward(*operands, out, lse, out, lse, neighborhood=neighborhood, scale=1.0)
+    grads = fused.backward(*operands, out, lse, out, lse, **window, scale=1.0)
     assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, operands))
     query, key, _, extra, _, bias = operands
-    options = {"neighborhood": neighborhood, "fill_negative_infinity": True}
-    (weights,) = unfused.pn(query, key, extra, bias, **options)
+    (weights,) = unfused.pn(query, key, extra, bias, **window, fill_negative_infinity=True)
     assert weights.shape == (batch, *grid, 2, 11)
-    assert unfused.nn(weights, key, extra, neighborhood=neighborhood)[0].shape == query.shape
-    keys, extra_sum = unfused.inverse(weights, query, neighborhood=neighborhood, kv_heads=1, additional=2)
+    assert unfused.nn(weights, key, extra, **window)[0].shape == query.shape
+    keys, extra_sum = unfused.inverse(weights, query, **window, kv_heads=1, additional=2)
     assert keys.shape == key.shape and extra_sum.shape == extra.shape and not extra_sum.any()
 
 
 def test_every_function_types_its_results_as_varying_inside_shard_map():
     neighborhood, grid = Neighborhood.make((3, 2), 1, (1, 2)), (4, 5)
     operands = draw(neighborhood, grid, batch=2)
-    parameters = {"neighborhood": neighborhood, "scale": 0.5}
+    window = {"neighborhood": neighborhood, "precision": EXACT}
+    parameters = window | {"scale": 0.5}
 
     def every(*operands):
         bias = (
@@ -263,13 +265,13 @@ def test_every_function_types_its_results_as_varying_inside_shard_map():
         operands = (*operands[:5], bias)
         query, key, _, extra, _, bias = operands
         residuals = fused.forward(*operands, **parameters)
-        (weights,) = unfused.pn(query, key, extra, bias, neighborhood=neighborhood, fill_negative_infinity=False)
+        (weights,) = unfused.pn(query, key, extra, bias, **window, fill_negative_infinity=False)
         return (
             residuals,
             fused.backward(*operands, *residuals, *residuals, **parameters)[:5],
             fused.tangent(*operands, *residuals, *operands, **parameters),
-            unfused.nn(weights, key, extra, neighborhood=neighborhood),
-            unfused.inverse(weights, query, neighborhood=neighborhood, kv_heads=1, additional=2),
+            unfused.nn(weights, key, extra, **window),
+            unfused.inverse(weights, query, **window, kv_heads=1, additional=2),
         )
 
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -48,7 +48,14 @@ JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t
   return table[4 * (layout.first[a] + begin) + q] & ~table[4 * (layout.first[a] + end) + q];
 }
 
-// The same for a box of keys.
+// The first `count` columns.
+JAX_NATTEN_HD uint32_t first_columns_word(int count, int q) {
+  const int columns = imin(imax(count, 0), kMaxKeyColumns);
+  const int bits = columns / 8 * 2 + imin(imax(columns % 8 - 2 * q, 0), 2);
+  return bits == 32 ? ~uint32_t(0) : (uint32_t(1) << bits) - 1;
+}
+
+// Columns whose key lies in a box of windows, relative like `begin` of the tile.
 template <int kRank>
 JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, const Interval* window,
                                      const int* begin, int q) {
@@ -58,6 +65,12 @@ JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t
     word &= key_mask_word(layout, table, a, {window[a].begin - begin[a], window[a].end - begin[a]}, q);
   }
   return word;
+}
+
+// The first `count` columns.
+JAX_NATTEN_HD uint32_t leading_columns_word(int count, int q) {
+  const int own = count / 8 * 2 + imin(imax(count % 8 - 2 * q, 0), 2);
+  return own >= 32 ? ~uint32_t(0) : (uint32_t(1) << own) - 1;
 }
 
 }  // namespace jax_natten

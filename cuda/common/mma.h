@@ -1,5 +1,6 @@
-// Warp-level matrix multiplication (mma.sync): D[16 x 8] += A[16 x 16] B[16 x 8], fp32 accumulators, and the loads of
-// its fragments. Fragments lie in registers as those of wgmma do (wgmma.h).
+// Warp-level matrix multiplication (mma.sync), fp32 accumulators: D[16 x 8] += A[16 x 16] B[16 x 8] of 16-bit numbers
+// and D[16 x 8] += A[16 x 8] B[8 x 8] of tf32, and the loads of its fragments. Fragments lie in registers as those of
+// wgmma do (wgmma.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,5 +51,19 @@ MMA_DEFINE(__nv_bfloat16, "bf16")
 MMA_DEFINE(__half, "f16")
 
 #undef MMA_DEFINE
+
+// The nearest tf32 number: 8 bits of exponent, 10 of mantissa, the other bits zero.
+__device__ __forceinline__ uint32_t round_to_tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return rounded;
+}
+
+__device__ __forceinline__ void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 }  // namespace jax_natten::ptx

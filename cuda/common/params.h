@@ -11,11 +11,17 @@
 // b / (batch / bias_batch). The accumulation dtype is float32, and float64 for float64 inputs.
 #pragma once
 
+#include <cstddef>
+
 #include "neighborhood.h"
 
 namespace jax_natten {
 
 enum class DType : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+// How far float32 products may be rounded: kHighest not at all, kHigh to TensorFloat32, kDefault as far as is fastest.
+// A kernel may always be more exact. Without a meaning for other dtypes.
+enum class Precision : int { kDefault, kHigh, kHighest };
 
 struct FusedShape {
   DType dtype = DType::kFloat32;
@@ -26,6 +32,7 @@ struct FusedShape {
   int additional = 0;      // additional keys that every query sees, 0: none
   int64_t bias_batch = 0;  // 0: no relative position bias
   double scale = 1.0;      // may be zero or negative
+  Precision precision = Precision::kHighest;
 
   JAX_NATTEN_HD int group() const { return heads / kv_heads; }
   JAX_NATTEN_HD bool has_bias() const { return bias_batch > 0; }
@@ -34,6 +41,10 @@ struct FusedShape {
 struct FusedForwardParams : FusedShape {
   const void *query, *key, *value, *additional_keys, *additional_values, *bias;
   void *out, *lse;
+  // Tiles that the caller asks for, if there are any: numbers whose meaning is the implementation's (sm90/plan.h). They
+  // live as long as the call.
+  const int64_t* tiles = nullptr;
+  size_t tile_fields = 0;
 };
 
 struct FusedBackwardParams : FusedShape {
@@ -59,6 +70,7 @@ struct UnfusedShape {
   int additional = 0;
   int64_t bias_batch = 0;               // PN only
   bool fill_negative_infinity = false;  // PN only: what a causal slot past the query holds; else zero
+  Precision precision = Precision::kHighest;
 
   JAX_NATTEN_HD int group() const { return heads / kv_heads; }
   JAX_NATTEN_HD bool has_bias() const { return bias_batch > 0; }

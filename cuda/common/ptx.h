@@ -178,6 +178,31 @@ __device__ __forceinline__ uint4 load_vector(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_vector(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ uint16_t load_short(uint32_t address) {
+  uint16_t element;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(element) : "r"(address) : "memory");
+  return element;
+}
+
+__device__ __forceinline__ void store_short(uint32_t address, uint16_t element) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(element) : "memory");
+}
+
 // ---- arithmetic
 
 __device__ __forceinline__ float exp2_approximate(float x) {
@@ -191,6 +216,9 @@ __device__ __forceinline__ float log2_approximate(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Keeps the compiler from computing what depends on `x` ahead of this point, outside of a loop say, and keeping it.
+__device__ __forceinline__ void compute_again(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Keeps ptxas from moving what follows before the computation of `x`, which must not be negative.
 __device__ __forceinline__ void schedule_after(float x) {
@@ -239,8 +267,8 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
 
 template <>
 __device__ __forceinline__ uint32_t multiply_pairs<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  uint32_t product;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  uint32_t product;  // mul needs sm_90; -0 is what changes no product by being added
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
   return product;
 }
 

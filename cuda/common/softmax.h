@@ -18,6 +18,27 @@ __device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_
   }
 }
 
+// Scores become scale score + bias, in powers of two. The bias of a column that `word` names is entries[offset], the
+// column's place in `offsets`; others, whose entries need not exist, get none. offsets: of this lane's first column.
+template <int kCount>
+__device__ __forceinline__ void bias_row(float (&scores)[kCount], int i, uint32_t word, const float* entries,
+                                         const int* offsets, float scale) {
+  constexpr float kLog2E = 1.4426950408889634f;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+    const int2 offset = *reinterpret_cast<const int2*>(offsets + 8 * j);
+    float &first = scores[4 * j + 2 * i], &second = scores[4 * j + 2 * i + 1];
+    first = fmaf(word >> 2 * j & 1 ? __ldg(entries + offset.x) : 0.f, kLog2E, first * scale);
+    second = fmaf(word >> (2 * j + 1) & 1 ? __ldg(entries + offset.y) : 0.f, kLog2E, second * scale);
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void scale_row(float (&scores)[kCount], int i, float scale) {
+#pragma unroll
+  for (int bit = 0; bit < kCount / 2; ++bit) scores[bit / 2 * 4 + 2 * i + bit % 2] *= scale;
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -39,6 +60,7 @@ struct OnlineSoftmax {
   float sum[2] = {0, 0};                      // over this thread's columns
   float correction[2] = {1, 1};               // of the outputs, after an update that returned true
 
+  OnlineSoftmax() = default;
   __device__ explicit OnlineSoftmax(float scale) : scale(scale) {}
 
   // Turns scores into p. True (for the whole warp) if outputs so far must be multiplied by `correction`.

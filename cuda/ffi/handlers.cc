@@ -6,6 +6,8 @@
 #include <string_view>
 
 #include "../naive/naive.h"
+#include "../sm80/sm80.h"
+#include "../sm90/sm90.h"
 #include "problem.h"
 
 namespace jax_natten::cuda {
@@ -20,15 +22,33 @@ struct Implementation {
   std::string_view name;
   bool (*runs_on)(int compute_capability);  // e.g. 90 for 9.0
   cudaError_t (*launch)(const Params&, cudaStream_t);
+  // Why it does not take a call, in words that follow its name; nullptr: it takes every call.
+  const char* (*why_not)(const Params&) = nullptr;
 };
 
 bool any_device(int) { return true; }
 
-constexpr Implementation<FusedForwardParams> kFusedForward[] = {{"naive", any_device, naive::fused_forward}};
-constexpr Implementation<FusedBackwardParams> kFusedBackward[] = {{"naive", any_device, naive::fused_backward}};
-constexpr Implementation<PnParams> kPn[] = {{"naive", any_device, naive::pn}};
-constexpr Implementation<NnParams> kNn[] = {{"naive", any_device, naive::nn}};
-constexpr Implementation<InParams> kIn[] = {{"naive", any_device, naive::in}};
+constexpr Implementation<FusedForwardParams> kFusedForward[] = {
+    {"sm90", sm90::runs_on, sm90::fused_forward, sm90::why_not_forward},
+    {"sm80", sm80::runs_on, sm80::fused_forward_call, sm80::why_not_forward_call},
+    {"naive", any_device, naive::fused_forward},
+};
+constexpr Implementation<FusedBackwardParams> kFusedBackward[] = {
+    {"sm80", sm80::runs_on, sm80::fused_backward_call, sm80::why_not_backward_call},
+    {"naive", any_device, naive::fused_backward},
+};
+constexpr Implementation<PnParams> kPn[] = {
+    {"sm80", sm80::runs_on, sm80::pn_call, sm80::why_not_pn},
+    {"naive", any_device, naive::pn},
+};
+constexpr Implementation<NnParams> kNn[] = {
+    {"sm80", sm80::runs_on, sm80::nn_call, sm80::why_not_nn},
+    {"naive", any_device, naive::nn},
+};
+constexpr Implementation<InParams> kIn[] = {
+    {"sm80", sm80::runs_on, sm80::in_call, sm80::why_not_in},
+    {"naive", any_device, naive::in},
+};
 
 ffi::Error internal(cudaError_t status) {
   return ffi::Error::Internal(std::string("CUDA: ") + cudaGetErrorString(status));
@@ -53,6 +73,9 @@ ffi::Error launch(const Implementation<Params> (&table)[count], std::string_view
     }
     if (!found) return ffi::Error::InvalidArgument("implementation \"" + std::string(name) + "\" is unknown on CUDA");
     if (!found->runs_on(10 * major + minor)) continue;
+    if (const char* reason = found->why_not ? found->why_not(params) : nullptr) {
+      return ffi::Error::InvalidArgument("implementation \"" + std::string(name) + "\" " + reason);
+    }
     status = found->launch(params, stream);
     return status == cudaSuccess ? ffi::Error::Success() : internal(status);
   }

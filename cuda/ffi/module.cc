@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "handlers.h"
+#include "tile_functions.h"
 
 namespace py = pybind11;
 
@@ -22,6 +23,7 @@ py::dict handler_capsules() {
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "Neighborhood attention kernels for NVIDIA GPUs, as XLA custom calls.";
   m.def("handlers", handler_capsules, "Custom-call target names and their handlers.");
+  add_tile_functions(m);
 }
 
 }  // namespace jax_natten::cuda

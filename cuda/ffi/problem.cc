@@ -50,10 +50,10 @@ class Decoder {
   Decoder(const char* target, const CallFrame& frame) : target_(target), frame_(frame) { sizes_.fill(-1); }
 
   void window(Neighborhood& neighborhood) {
-    const auto window = axes_attribute("kernel_size");
-    const auto stride = axes_attribute("stride");
-    const auto dilation = axes_attribute("dilation");
-    const auto causal = axes_attribute("is_causal");
+    const auto window = integers_attribute("kernel_size");
+    const auto stride = integers_attribute("stride");
+    const auto dilation = integers_attribute("dilation");
+    const auto causal = integers_attribute("is_causal");
     if (failed()) return;
     rank_ = window.size();
     if (rank_ < 1 || rank_ > kMaxRank)
@@ -98,6 +98,22 @@ class Decoder {
     if (value.has_value()) return *value;
     fail(std::string("attribute ") + name + " is missing or of the wrong type: " + value.error().message());
     return T();
+  }
+
+  Precision precision() {
+    const auto name = attribute<std::string_view>("precision");
+    if (name == "default") return Precision::kDefault;
+    if (name == "high") return Precision::kHigh;
+    if (name != "highest") {
+      fail("attribute precision is \"" + std::string(name) + "\", expected \"default\", \"high\" or \"highest\"");
+    }
+    return Precision::kHighest;
+  }
+
+  // Attributes that older programs lack.
+  ffi::Span<const int64_t> optional_integers(const char* name) {
+    if (failed() || !frame_.attributes.contains(name)) return {};
+    return integers_attribute(name);
   }
 
   const void* operand(const char* name, Element element, std::initializer_list<Dim> dims) {
@@ -209,7 +225,7 @@ class Decoder {
   }
 
  private:
-  ffi::Span<const int64_t> axes_attribute(const char* name) {
+  ffi::Span<const int64_t> integers_attribute(const char* name) {
     ++attributes_read_;
     if (failed()) return {};
     auto value = frame_.attributes.get<ffi::Span<const int64_t>>(name);
@@ -329,6 +345,7 @@ template <typename Params>
 void fused_inputs(Decoder& decoder, Params& params, std::string_view& implementation) {
   decoder.window(params.neighborhood);
   params.scale = decoder.attribute<double>("scale");
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.query = decoder.operand("query", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});
   params.key = decoder.operand("key", Element::kInput, {kBatch, kGrid, kKvHeads, kHeadDim});
@@ -353,6 +370,9 @@ void check_workspace(Decoder& decoder, int64_t got, int64_t expected) {
 ffi::Error decode(const CallFrame& frame, FusedForwardParams& params, std::string_view& implementation) {
   Decoder decoder(kFusedForwardTarget, frame);
   fused_inputs(decoder, params, implementation);
+  const auto tiles = decoder.optional_integers("tiles");
+  params.tiles = tiles.begin();
+  params.tile_fields = tiles.size();
   params.out = decoder.result("out", Element::kInput, {kBatch, kGrid, kHeads, kValueDim});
   params.lse = decoder.result("lse", Element::kAccumulation, {kBatch, kGrid, kHeads});
   return decoder.finish();
@@ -381,6 +401,7 @@ ffi::Error decode(const CallFrame& frame, FusedBackwardParams& params, std::stri
 ffi::Error decode(const CallFrame& frame, PnParams& params, std::string_view& implementation) {
   Decoder decoder(kPnTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   params.fill_negative_infinity = decoder.attribute<bool>("fill_negative_infinity");
   implementation = decoder.attribute<std::string_view>("implementation");
   params.queries = decoder.operand("queries", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});
@@ -397,6 +418,7 @@ ffi::Error decode(const CallFrame& frame, PnParams& params, std::string_view& im
 ffi::Error decode(const CallFrame& frame, NnParams& params, std::string_view& implementation) {
   Decoder decoder(kNnTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.weights = decoder.operand("weights", Element::kInput, {kBatch, kGrid, kHeads, kSlots});
   params.keys = decoder.operand("keys", Element::kInput, {kBatch, kGrid, kKvHeads, kHeadDim});
@@ -411,6 +433,7 @@ ffi::Error decode(const CallFrame& frame, NnParams& params, std::string_view& im
 ffi::Error decode(const CallFrame& frame, InParams& params, std::string_view& implementation) {
   Decoder decoder(kInTarget, frame);
   decoder.window(params.neighborhood);
+  params.precision = decoder.precision();
   implementation = decoder.attribute<std::string_view>("implementation");
   params.weights = decoder.operand("weights", Element::kInput, {kBatch, kGrid, kHeads, kSlots});
   params.queries = decoder.operand("queries", Element::kInput, {kBatch, kGrid, kHeads, kHeadDim});

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t to_delta = static_cast<const A*>(p.workspace) - static_cast<const A*>(p.lse);
 
   // Rows longer than a span take one walk over the queries for each span.
-  for (int begin = 0; begin == 0 || (!L::kWhole && begin < max(p.dim, p.value_dim)); begin += L::kSpan) {
+  for (int begin = 0; begin == 0 || (!L::kWhole && begin < imax(p.dim, p.value_dim)); begin += L::kSpan) {
     Fragment<T, L> d_key, d_value;
     for (int member = 0; member < geometry.group.divisor; ++member) {
       const int64_t row = item.query_row + member;

@@ -5,6 +5,7 @@
 
 #include "backward_instances.h"
 #include "backward_params.h"
+#include "tile_setup.h"
 
 namespace jax_natten::sm90 {
 namespace {

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
-#include "tile_setup.h"
+#include "plan.h"
 
 namespace jax_natten::sm90 {
 

@@ -5,10 +5,6 @@
 
 namespace jax_natten::sm90 {
 
-const char* why_not(const FusedShape& shape, const Plan& plan) {
-  return plan.structure == Structure::kWide ? why_not_wide(shape, plan) : why_not_warp(shape, plan);
-}
-
 cudaError_t launch(const FusedForwardParams& problem, const Plan& plan, cudaStream_t stream) {
   return plan.structure == Structure::kWide ? launch_wide(problem, plan, stream) : launch_warp(problem, plan, stream);
 }

@@ -8,9 +8,6 @@
 
 namespace jax_natten::sm90 {
 
-// Why a plan does not fit a problem; nullptr if it does.
-const char* why_not(const FusedShape& shape, const Plan& plan);
-
 // Enqueues a problem's computation under a plan. Neither allocates nor synchronises.
 cudaError_t launch(const FusedForwardParams& problem, const Plan& plan, cudaStream_t stream);
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "extension.h"
 #include "tensor_map.h"
 #include "tile_params.h"
 
@@ -20,9 +21,10 @@ struct ForwardParams : TileParams {
   void* out;   // [batch, X, heads, dim]
   float* lse;  // [batch, X, heads]
   int dim;
-  float scale;            // > 0, in powers of two
+  float scale;            // of the softmax: > 0, in powers of two
   uint32_t query_factor;  // pair of T that queries are multiplied with first. Carries the sign of the scale.
   bool has_query_factor;
+  KeyExtension extension;  // for the extended variants only
 };
 
 }  // namespace jax_natten::sm90

@@ -15,20 +15,6 @@ uint32_t pair_of(DType dtype, bool minus_one) {
 
 }  // namespace
 
-const char* why_not_any(const FusedShape& shape) {
-  if (const char* reason = why_not_layout(shape)) return reason;
-  if (shape.additional > 0) return "does not take additional keys yet";
-  if (shape.has_bias()) return "does not take a relative position bias yet";
-  return nullptr;
-}
-
-const char* why_not_tiles(const FusedShape& shape, const Plan& plan) {
-  if (plan.heads > 1 && (shape.heads % plan.heads != 0 || shape.group() != 1)) {
-    return "tiles of several heads need a multiple of them, each with its own keys";
-  }
-  return why_not_tiles(shape, plan, shape.heads / plan.heads);
-}
-
 cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, int channels, bool query_box_is_part,
                            ForwardParams& params) {
   const Neighborhood& neighborhood = problem.neighborhood;
@@ -63,16 +49,38 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
   return cudaSuccess;
 }
 
-int most_keys_of_queries(const Axis& axis, int queries) {
-  int most = 0;
-  for (const int group : {0, axis.dilation - 1}) {
-    const int length = group_length(axis, group);
-    for (int first = 0; first < length; first += queries) {
-      const int last = std::min(first + queries, length) - 1;
-      most = std::max(most, window_of_query(axis, last, length).end - window_of_query(axis, first, length).begin);
+cudaError_t set_up_extension(const FusedForwardParams& problem, const Plan& plan, int channels, int box,
+                             ForwardParams& params) {
+  KeyExtension& extension = params.extension;
+  extension.additional = problem.additional;
+  extension.box = box;
+  extension.per_batch = problem.additional * problem.kv_heads;
+  if (problem.additional > 0) {
+    const TensorBox rows = {channels, plan.heads, {}};
+    for (const cudaError_t error :
+         {encode_additional_map(&extension.key, problem, problem.additional_keys, rows, box),
+          encode_additional_map(&extension.value, problem, problem.additional_values, rows, box)}) {
+      if (error != cudaSuccess) return error;
     }
   }
-  return most;
+  if (problem.has_bias()) {
+    extension.bias = static_cast<const float*>(problem.bias);
+    extension.heads = problem.heads;
+    extension.by_table = FastDivisor(int(problem.batch / problem.bias_batch));
+    extension.bias_size = problem.neighborhood.bias_size();
+    int step = 1, center = 0;
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const int window = problem.neighborhood.axes[a].window;
+      extension.bias_step[a] = step;
+      center += (window - 1) * step;
+      step *= 2 * window - 1;
+    }
+    extension.bias_center = center;
+    // Scores leave the bias step in powers of two.
+    extension.score_scale = params.scale;
+    params.scale = 1;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_natten::sm90

@@ -20,6 +20,22 @@ EncodeTiled find_encoder() {
   return encoder;
 }
 
+constexpr cuuint64_t kElementBytes = 2;
+
+// Rows of a box are swizzle spans.
+cudaError_t encode(CUtensorMap* map, DType dtype, const void* data, const cuuint64_t (&size)[5],
+                   const cuuint64_t (&stride)[4], const cuuint32_t (&box)[5]) {
+  const EncodeTiled encoder = find_encoder();
+  if (encoder == nullptr) return cudaErrorNotSupported;
+  constexpr cuuint32_t kElementStride[5] = {1, 1, 1, 1, 1};
+  const CUresult result =
+      encoder(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
+              const_cast<void*>(data), size, stride, box, kElementStride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+              box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 SlabAddress slab_address(const Neighborhood& neighborhood, int heads) {
@@ -34,12 +50,9 @@ SlabAddress slab_address(const Neighborhood& neighborhood, int heads) {
 
 cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads,
                               const TensorBox& box, int short_groups) {
-  const EncodeTiled encode = find_encoder();
-  if (encode == nullptr) return cudaErrorNotSupported;
   const Axis* axes = shape.neighborhood.axes;
-  constexpr cuuint64_t kElementBytes = 2;
   cuuint64_t size[5], stride[4];
-  cuuint32_t extent[5], element_stride[5] = {1, 1, 1, 1, 1};
+  cuuint32_t extent[5];
   size[0] = cuuint64_t(shape.dim) * box.heads;
   extent[0] = box.channels;
   cuuint64_t position = kElementBytes * heads * shape.dim;  // bytes from one position to the next on the axis
@@ -53,12 +66,17 @@ cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const v
   size[4] = cuuint64_t(shape.batch) * shape.neighborhood.positions() * heads;
   stride[3] = kElementBytes * shape.dim;
   extent[4] = 1;
-  const CUresult result =
-      encode(map, shape.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             5, const_cast<void*>(data), size, stride, extent, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box.channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return encode(map, shape.dtype, data, size, stride, extent);
+}
+
+cudaError_t encode_additional_map(CUtensorMap* map, const FusedShape& shape, const void* data, const TensorBox& box,
+                                  int keys) {
+  const cuuint64_t row = kElementBytes * shape.dim;
+  const cuuint64_t size[5] = {cuuint64_t(shape.dim) * box.heads, cuuint64_t(shape.additional), 1, 1,
+                              cuuint64_t(shape.batch) * shape.additional * shape.kv_heads};
+  const cuuint64_t stride[4] = {row * shape.kv_heads, row, row, row};
+  const cuuint32_t extent[5] = {cuuint32_t(box.channels), cuuint32_t(keys), 1, 1, 1};
+  return encode(map, shape.dtype, data, size, stride, extent);
 }
 
 }  // namespace jax_natten::sm90

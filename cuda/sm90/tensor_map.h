@@ -40,4 +40,9 @@ struct TensorBox {
 cudaError_t encode_tensor_map(CUtensorMap* map, const FusedShape& shape, const void* data, int heads,
                               const TensorBox& box, int short_groups);
 
+// Encodes a map over additional keys or values [batch, additional, heads, dim] with the dimensions (channel, key, 1, 1,
+// slab), slab = batch element * additional * heads + head. Rows of a box of `keys` are as in `box`.
+cudaError_t encode_additional_map(CUtensorMap* map, const FusedShape& shape, const void* data, const TensorBox& box,
+                                  int keys);
+
 }  // namespace jax_natten::sm90

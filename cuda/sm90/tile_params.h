@@ -16,9 +16,9 @@ constexpr int kMaxMapVariants = 1 << kMaxRank;
 struct TileParams {
   TileSchedule schedule;
   int long_phases[kMaxRank];  // groups with phase >= this are short ones
-  int row_step[kMaxRank];     // rows of [batch, X, heads] arrays between neighboring in-group positions of an axis
   KeyMaskLayout mask_layout;
   uint32_t mask_table[kMaxKeyMaskWords];
+  int row_step[kMaxRank];  // rows of [batch, X, heads] arrays between neighboring in-group positions of an axis
 };
 
 template <int kRank>

@@ -9,6 +9,9 @@
 // ldmatrix, whose row addresses are free to choose. With kHeads = 2 a row of a box holds two heads, and two warps share
 // a part.
 //
+// The extended variant (kExtended) also adds a relative position bias to the scores, and appends boxes of additional
+// keys, whole lists each, to those of the window.
+//
 // CTAs are persistent: CTA c works on query tiles c, c + gridDim.x, ...
 #pragma once
 
@@ -36,11 +39,20 @@ struct WarpTables {
 };
 static_assert(sizeof(WarpTables) <= kWarpTableBytes, "the host reserves kWarpTableBytes");
 
+// Behind the tables of the extended variant: of each key of the list, the distance from the first in the bias table.
+using WarpBiasOffsets = int[kWarpMostListed];
+static_assert(sizeof(WarpBiasOffsets) <= kWarpExtensionBytes, "the host reserves kWarpExtensionBytes");
+__device__ __forceinline__ WarpBiasOffsets& bias_offsets(WarpTables& tables) {
+  return *reinterpret_cast<WarpBiasOffsets*>(reinterpret_cast<uint8_t*>(&tables) + kWarpTableBytes);
+}
+
 // kKeys: longest list. kHeads: in a box.
-template <typename T_, int kDim_, int kKeys_, int kHeads_, int kRank_>
+template <typename T_, int kDim_, int kKeys_, int kHeads_, int kRank_, bool kExtended_>
 struct WarpTraits {
   using T = T_;
   static constexpr int kDim = kDim_, kKeys = kKeys_, kHeads = kHeads_, kRank = kRank_;
+  static constexpr bool kExtended = kExtended_;
+  using Cursor = KeyCursor<kRank, kExtended>;
   static constexpr int kRowBytes = 2 * kDim * kHeads;  // of a box: a swizzle span
   static constexpr int kSteps = kDim / 16;             // of a sum over channels
   static constexpr int kGroups = (kKeys + 15) / 16;    // of 16 keys
@@ -118,22 +130,31 @@ struct WarpProducer {
 
   __device__ void load_keys_and_values(const QueryTile& tile, const TensorMaps& maps) {
     const TiledAxis* axes = params.schedule.axes;
-    const int slab =
-        params.key_address.slab<kRank>(tile, params.schedule.by_group.quotient(Traits::kHeads * tile.head));
+    const KeyExtension& extension = params.extension;
+    const int head = params.schedule.by_group.quotient(Traits::kHeads * tile.head);
+    const int slab = params.key_address.slab<kRank>(tile, head);
     const int bytes = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kRowBytes;
-    KeyTileCursor<kRank> cursor;
+    typename Traits::Cursor cursor;
     do {
-      const int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1],
-                               tile.key[2] + cursor.begin[2]};
+      const bool in_window = cursor.in_window();
+      int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1], tile.key[2] + cursor.begin[2]};
+      int box_slab = slab, box_bytes = bytes;
+      if (!in_window) {
+        x[0] = x[1] = 0;
+        x[2] = cursor.additional;
+        box_slab = tile.batch * extension.per_batch + head;
+        box_bytes = extension.box * Traits::kRowBytes;
+      }
       uint64_t* full = &tables.key_full[stage.index];
       const uint32_t keys = memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes;
       ptx::barrier_wait(&tables.key_empty[stage.index], stage.parity);
-      ptx::barrier_arrive_expecting(full, 2 * bytes);
-      ptx::tma_load(keys, &maps.key, full, 0, x[2], x[1], x[0], slab, ptx::CachePolicy::kNormal);
-      ptx::tma_load(keys + params.layout.key_bytes, &maps.value, full, 0, x[2], x[1], x[0], slab,
+      ptx::barrier_arrive_expecting(full, 2 * box_bytes);
+      ptx::tma_load(keys, in_window ? &maps.key : &extension.key, full, 0, x[2], x[1], x[0], box_slab,
                     ptx::CachePolicy::kNormal);
+      ptx::tma_load(keys + params.layout.key_bytes, in_window ? &maps.value : &extension.value, full, 0, x[2], x[1],
+                    x[0], box_slab, ptx::CachePolicy::kNormal);
       stage.advance(params.stages);
-    } while (cursor.next(axes, tile.extent));
+    } while (cursor.next(axes, tile.extent, extension));
   }
 };
 
@@ -256,46 +277,88 @@ struct WarpConsumer {
     return sight;
   }
 
+  // What the warp gathers from a box.
+  struct List {
+    uint32_t address;     // of the first key
+    int begin[kMaxRank];  // that key, relative to QueryTile::key
+    bool in_window;       // else neighboring rows of a box of additional keys
+    uint32_t masks[2];    // keys that the thread's two queries see
+  };
+
+  // True if the warp sees keys of a box at `address`.
+  __device__ __forceinline__ bool find_list(const Sight& sight, const typename Traits::Cursor& cursor, uint32_t address,
+                                            List& list) const {
+    const TiledAxis* axes = params.schedule.axes;
+    list.in_window = cursor.in_window();
+    if (!list.in_window) {
+      const int keys = imin(params.extension.additional - cursor.additional, params.extension.box);
+      list.address = address;
+      list.masks[0] = list.masks[1] = leading_columns_word(keys, lane % 4);
+      return sight.live;
+    }
+    bool seen = sight.live;
+#pragma unroll
+    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
+      seen = seen && cursor.begin[a] < sight.any[a].end && cursor.begin[a] + axes[a].key_tile > sight.any[a].begin;
+    }
+    if (!seen) return false;
+    // The list begins where the part's windows do, or at the box's edges.
+    int first[kMaxRank] = {0, 0, 0};
+#pragma unroll
+    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
+      const int in_box = sight.any[a].begin - cursor.begin[a];
+      first[a] = imin(imax(in_box, 0), axes[a].key_tile - params.list[a]);
+      list.begin[a] = cursor.begin[a] + first[a];
+    }
+    list.address = address + ((first[0] * axes[1].key_tile + first[1]) * axes[2].key_tile + first[2]) * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Interval unpacked[kMaxRank];
+#pragma unroll
+      for (int a = kMaxRank - kRank; a < kMaxRank; ++a) unpacked[a] = sight.rows[i][a].unpack();
+      list.masks[i] = key_mask_word<kRank>(params.mask_layout, tables.mask, unpacked, list.begin, lane % 4);
+    }
+    return true;
+  }
+
+  // Bytes from the first key of a list to the n-th.
+  __device__ __forceinline__ int key_offset(const List& list, int n) const {
+    return list.in_window ? tables.key_offset[n] : imin(n, params.extension.box - 1) * kRowBytes;
+  }
+
+  // Scales the scores of a row and adds its bias. All about the query is read again, which costs fewer registers than
+  // to keep it.
+  __device__ __forceinline__ void add_bias(float (&scores)[kKeys / 2], int i, const QueryTile& tile,
+                                           const List& list) const {
+    const KeyExtension& extension = params.extension;
+    if (!list.in_window) return scale_row(scores, i, extension.score_scale);
+    const uint32_t row = tables.rows[warp][lane / 4 + 8 * i];
+    int entry = 0;
+#pragma unroll
+    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
+      const int query = imin(tile.query[a] + coordinate(row, a), tile.length[a] - 1);
+      entry += (tile.key[a] + list.begin[a] - query) * extension.bias_step[a];
+    }
+    bias_row(scores, i, list.masks[i], extension.entries(tile.batch, Traits::kHeads * tile.head + head) + entry,
+             bias_offsets(tables) + 2 * (lane % 4), extension.score_scale);
+  }
+
   __device__ __forceinline__ void attend(const QueryTile& tile, const uint32_t (&queries)[kSteps][4],
                                          RunTimeRing& stage, OnlineSoftmax& softmax, float (&out)[kDim / 2]) {
-    const TiledAxis* axes = params.schedule.axes;
     const Sight sight = params.plain ? look<true>(tile) : look<false>(tile);
-    KeyTileCursor<kRank> cursor;
+    typename Traits::Cursor cursor;
     do {
       ptx::barrier_wait(&tables.key_full[stage.index], stage.parity);
-      bool seen = sight.live;
-#pragma unroll
-      for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-        seen = seen && cursor.begin[a] < sight.any[a].end && cursor.begin[a] + axes[a].key_tile > sight.any[a].begin;
-      }
-      if (seen) {
-        // The list begins where the part's windows do, or at the box's edges.
-        int first[kMaxRank] = {0, 0, 0}, begin[kMaxRank];
-#pragma unroll
-        for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-          const int in_box = sight.any[a].begin - cursor.begin[a];
-          first[a] = imin(imax(in_box, 0), axes[a].key_tile - params.list[a]);
-          begin[a] = cursor.begin[a] + first[a];
-        }
-        const int place = (first[0] * axes[1].key_tile + first[1]) * axes[2].key_tile + first[2];
-        uint32_t masks[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          Interval unpacked[kMaxRank];
-#pragma unroll
-          for (int a = kMaxRank - kRank; a < kMaxRank; ++a) unpacked[a] = sight.rows[i][a].unpack();
-          masks[i] = key_mask_word<kRank>(params.mask_layout, tables.mask, unpacked, begin, lane % 4);
-        }
-        attend_to_list(memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes + place * kRowBytes,
-                       masks, queries, softmax, out);
+      List list;
+      if (find_list(sight, cursor, memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes, list)) {
+        attend_to_list(tile, list, queries, softmax, out);
       }
       release(&tables.key_empty[stage.index]);
       stage.advance(params.stages);
-    } while (cursor.next(axes, tile.extent));
+    } while (cursor.next(params.schedule.axes, tile.extent, params.extension));
   }
 
-  // `list`: address of the first key of the list.
-  __device__ __forceinline__ void attend_to_list(uint32_t list, const uint32_t (&masks)[2],
+  __device__ __forceinline__ void attend_to_list(const QueryTile& tile, const List& list,
                                                  const uint32_t (&queries)[kSteps][4], OnlineSoftmax& softmax,
                                                  float (&out)[kDim / 2]) {
     // Of 16 keys and 16 channels, ldmatrix reads (keys 0-7, channels 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
@@ -303,7 +366,7 @@ struct WarpConsumer {
     uint32_t address[kGroups];
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      address[j] = Traits::swizzle(list + tables.key_offset[16 * j + key] + head * 2 * kDim + half * 16);
+      address[j] = Traits::swizzle(list.address + key_offset(list, 16 * j + key) + head * 2 * kDim + half * 16);
     }
 
     float scores[kKeys / 2];
@@ -320,7 +383,10 @@ struct WarpConsumer {
     }
 
 #pragma unroll
-    for (int i = 0; i < 2; ++i) mask_row(scores, i, masks[i]);
+    for (int i = 0; i < 2; ++i) {
+      if (Traits::kExtended && params.extension.bias != nullptr) add_bias(scores, i, tile, list);
+      mask_row(scores, i, list.masks[i]);
+    }
     if (softmax.update(scores)) {
 #pragma unroll
       for (int e = 0; e < kDim / 2; ++e) out[e] *= softmax.correction[e / 2 % 2];
@@ -393,9 +459,9 @@ struct WarpConsumer {
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, int kDim, int kKeys, int kHeads, int kRank>
+template <typename T, int kDim, int kKeys, int kHeads, int kRank, bool kExtended>
 __global__ void __launch_bounds__(warp_most_threads(kDim), 1) warp_forward(const __grid_constant__ WarpParams params) {
-  using Traits = WarpTraits<T, kDim, kKeys, kHeads, kRank>;
+  using Traits = WarpTraits<T, kDim, kKeys, kHeads, kRank, kExtended>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& tables = *reinterpret_cast<WarpTables*>(shared_memory + params.layout.tables);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -412,6 +478,13 @@ __global__ void __launch_bounds__(warp_most_threads(kDim), 1) warp_forward(const
   }
   for (int i = threadIdx.x; i < params.mask_layout.words; i += blockDim.x) tables.mask[i] = params.mask_table[i];
   for (int i = threadIdx.x; i < kWarpMostListed; i += blockDim.x) tables.key_offset[i] = params.key_offset[i];
+  if constexpr (kExtended) {
+    const int *list = params.list, *step = params.extension.bias_step;
+    for (int n = threadIdx.x; n < kWarpMostListed; n += blockDim.x) {
+      bias_offsets(tables)[n] =
+          n / (list[1] * list[2]) * step[0] + n / list[2] % list[1] * step[1] + n % list[2] * step[2];
+    }
+  }
   __syncthreads();
   const uint32_t memory = ptx::shared_address(shared_memory);
   if (warp == params.warps) {

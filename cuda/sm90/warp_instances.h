@@ -6,11 +6,9 @@
 
 namespace jax_natten::sm90 {
 
-// Lists of more keys take longer per query whether they are filled or not.
-constexpr int kWarpLists[] = {56, 80, 104};
-
 // `list`: one of kWarpLists; `heads`: 1 or 2 per box (2: head dimension 32 only); `rank`: 2 (also for 1) or 3.
-WarpKernel warp_d32(DType dtype, int list, int heads, int rank);
-WarpKernel warp_d64(DType dtype, int list, int rank);
+// `extended`: with additional keys and a relative position bias (KeyExtension).
+WarpKernel warp_d32(DType dtype, int list, int heads, int rank, bool extended);
+WarpKernel warp_d64(DType dtype, int list, int rank, bool extended);
 
 }  // namespace jax_natten::sm90

@@ -9,6 +9,9 @@
 // so that the tensor cores work on one tile while the exponentials of the next are computed; a token makes the two
 // warpgroups take turns, so that one's exponentials overlap the other's products as well.
 //
+// The extended variant (kExtended) also adds a relative position bias to the scores, and appends tiles of additional
+// keys to those of the window box.
+//
 // CTAs are persistent: CTA c works on query tiles c, c + gridDim.x, ...
 #pragma once
 
@@ -28,10 +31,12 @@ struct WideRecord {
   int has_tile;  // 0: no more tiles
 };
 
-template <typename T_, int kDim_, int kRank_>
+template <typename T_, int kDim_, int kRank_, bool kExtended_>
 struct WideTraits {
   using T = T_;
   static constexpr int kDim = kDim_, kRank = kRank_;
+  static constexpr bool kExtended = kExtended_;
+  using Cursor = KeyCursor<kRank, kExtended>;
   static constexpr WideShape kShape = wide_shape(kDim);
   static constexpr int kKeys = kShape.keys, kStages = kShape.stages, kSlots = kShape.query_slots;
   static constexpr int kChunk = kShape.chunk, kChunks = kShape.chunks(), kRowBytes = kShape.row_bytes();
@@ -47,6 +52,7 @@ struct WideTraits {
     uint64_t query_full[kSlots], query_empty[kSlots];
     uint64_t key_full[kStages], key_empty[kStages];
     uint64_t value_full[kStages], value_empty[kStages];
+    int bias_offset[kExtended ? kKeys : 2];  // of each column's key, from the tile's first key, in the bias table
   };
 };
 
@@ -102,10 +108,15 @@ struct WideProducer {
     const int head = params.schedule.by_group.quotient(tile.head);
     const int slab = params.key_address.slab<kRank>(tile, head);
     const int bytes = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kChunks * Traits::kRowBytes;
-    KeyTileCursor<kRank> cursor;
+    typename Traits::Cursor cursor;
     do {
-      const int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1],
-                               tile.key[2] + cursor.begin[2]};
+      int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1], tile.key[2] + cursor.begin[2]};
+      int box_slab = slab;
+      if (!cursor.in_window()) {
+        x[0] = x[1] = 0;
+        x[2] = cursor.additional;
+        box_slab = tile.batch * params.extension.per_batch + head;
+      }
       const auto load = [&](const CUtensorMap& map,
                             uint8_t (&destination)[Traits::kChunks][Traits::kKeys* Traits::kRowBytes], uint64_t* full,
                             uint64_t* empty) {
@@ -113,14 +124,16 @@ struct WideProducer {
         ptx::barrier_arrive_expecting(full, bytes);
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
-          ptx::tma_load(ptx::shared_address(destination[c]), &map, full, c * Traits::kChunk, x[2], x[1], x[0], slab,
+          ptx::tma_load(ptx::shared_address(destination[c]), &map, full, c * Traits::kChunk, x[2], x[1], x[0], box_slab,
                         ptx::CachePolicy::kEvictLast);
         }
       };
-      load(maps.key, smem.key[stage.index], &smem.key_full[stage.index], &smem.key_empty[stage.index]);
-      load(maps.value, smem.value[stage.index], &smem.value_full[stage.index], &smem.value_empty[stage.index]);
+      load(cursor.in_window() ? maps.key : params.extension.key, smem.key[stage.index], &smem.key_full[stage.index],
+           &smem.key_empty[stage.index]);
+      load(cursor.in_window() ? maps.value : params.extension.value, smem.value[stage.index],
+           &smem.value_full[stage.index], &smem.value_empty[stage.index]);
       stage.advance();
-    } while (cursor.next(axes, tile.extent));
+    } while (cursor.next(axes, tile.extent, params.extension));
   }
 
   __device__ void finish() {
@@ -203,17 +216,17 @@ struct WideConsumer {
 
   __device__ __forceinline__ void sync_group() { ptx::named_barrier_sync(kGroupBarrier + group, 128); }
 
-  // One arrival per warp.
+  // One arrival per warp, after a wait that all its lanes have passed: wgmma alone reads keys and values.
   __device__ __forceinline__ void release(uint64_t* empty) {
     if (lane == 0) ptx::barrier_arrive(empty);
   }
 
-  // Hands a query slot back to the producer once its output has left shared memory.
+  // Hands a query slot back to the producer once its output has left shared memory. Every thread arrives, because every
+  // thread has read the slot's record.
   __device__ __forceinline__ void release_slot(int& slot) {
     if (slot < 0) return;
     if (warp == 0 && lane == 0) ptx::tma_store_wait_read();
-    __syncwarp();
-    release(&smem.query_empty[slot]);
+    ptx::barrier_arrive(&smem.query_empty[slot]);
     slot = -1;
   }
 
@@ -273,6 +286,30 @@ struct WideConsumer {
     }
   }
 
+  // ---- the extended variant
+
+  // Columns of a box of additional keys that hold one.
+  __device__ __forceinline__ uint32_t additional_columns(const typename Traits::Cursor& cursor) const {
+    const KeyExtension& extension = params.extension;
+    return leading_columns_word(imin(extension.additional - cursor.additional, extension.box), lane % 4);
+  }
+
+  // Scales the scores of a row and adds the bias of the keys that `word` names. All about the query is read again,
+  // which costs fewer registers than to keep it.
+  __device__ __forceinline__ void add_bias(float (&scores)[kKeys / 2], int i, uint32_t word, const QueryTile& tile,
+                                           const typename Traits::Cursor& cursor) const {
+    const KeyExtension& extension = params.extension;
+    if (!cursor.in_window()) return scale_row(scores, i, extension.score_scale);
+    int entry = 0;
+#pragma unroll
+    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
+      const int query = imin(tile.query[a] + part_offset[a] + row_x[i][a], tile.length[a] - 1);
+      entry += (tile.key[a] + cursor.begin[a] - query) * extension.bias_step[a];
+    }
+    bias_row(scores, i, word, extension.entries(tile.batch, tile.head) + entry, smem.bias_offset + 2 * (lane % 4),
+             extension.score_scale);
+  }
+
   // ---- all key tiles of a query tile
 
   // Works through runs of key tiles that the part sees, passing over the others. Within a run the product p V of a tile
@@ -285,24 +322,33 @@ struct WideConsumer {
     Interval windows[2][kMaxRank];
     find_windows(tile, part.query, windows);
 
-    KeyTileCursor<kRank> cursor;
+    typename Traits::Cursor cursor;
     bool more = true;
     TileClass tile_class;
     const auto sees_tile = [&] {
-      tile_class = part.classify(axes, cursor.begin, params.padded);
+      if (cursor.in_window()) {
+        tile_class = part.classify(axes, cursor.begin, params.padded);
+      } else {
+        const bool whole = !params.padded && cursor.additional + params.extension.box <= params.extension.additional;
+        tile_class = !part.live ? TileClass::kSkip : whole ? TileClass::kWhole : TileClass::kMasked;
+      }
       return tile_class != TileClass::kSkip;
     };
     const auto step = [&] {
       stage.advance();
-      more = cursor.next(axes, tile.extent);
+      more = cursor.next(axes, tile.extent, params.extension);
     };
     const auto exponentiate = [&](float (&scores)[kKeys / 2]) -> bool {
-      if (tile_class == TileClass::kMasked) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          mask_row(scores, i,
-                   key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4));
+      for (int i = 0; i < 2; ++i) {
+        uint32_t word = ~0u;  // columns that the row sees
+        if (tile_class == TileClass::kMasked) {
+          word = cursor.in_window()
+                     ? key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4)
+                     : additional_columns(cursor);
         }
+        if (Traits::kExtended && params.extension.bias != nullptr) add_bias(scores, i, word, record, cursor);
+        if (tile_class == TileClass::kMasked) mask_row(scores, i, word);
       }
       return softmax.update(scores);
     };
@@ -444,7 +490,7 @@ __device__ __forceinline__ void set_up(const WideParams& params, typename Traits
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kSlots; ++i) {
       ptx::barrier_init(&smem.query_full[i], 1);
-      ptx::barrier_init(&smem.query_empty[i], 4 * kWideGroups);
+      ptx::barrier_init(&smem.query_empty[i], 128 * kWideGroups);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       ptx::barrier_init(&smem.key_full[i], 1);
@@ -455,6 +501,12 @@ __device__ __forceinline__ void set_up(const WideParams& params, typename Traits
     ptx::barrier_init_fence();
   }
   for (int i = threadIdx.x; i < params.mask_layout.words; i += kWideThreads) smem.mask_table[i] = params.mask_table[i];
+  if constexpr (Traits::kExtended) {
+    const int *tile = params.mask_layout.tile, *step = params.extension.bias_step;
+    for (int n = threadIdx.x; n < Traits::kKeys; n += kWideThreads) {
+      smem.bias_offset[n] = n / (tile[1] * tile[2]) * step[0] + n / tile[2] % tile[1] * step[1] + n % tile[2] * step[2];
+    }
+  }
   // Copies never write the rows of columns without a key. They must hold numbers: their probabilities are zero.
   const TiledAxis* axes = params.schedule.axes;
   const int used = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kRowBytes / 16;
@@ -467,9 +519,9 @@ __device__ __forceinline__ void set_up(const WideParams& params, typename Traits
   ptx::async_proxy_fence();
 }
 
-template <typename T, int kDim, int kRank>
+template <typename T, int kDim, int kRank, bool kExtended>
 __global__ void __launch_bounds__(kWideThreads, 1) wide_forward(const __grid_constant__ WideParams params) {
-  using Traits = WideTraits<T, kDim, kRank>;
+  using Traits = WideTraits<T, kDim, kRank, kExtended>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<typename Traits::Shared*>(shared_memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, and known to be

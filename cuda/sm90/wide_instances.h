@@ -1,4 +1,5 @@
-// The compiled instances of the wide kernel, one translation unit per head dimension.
+// The compiled instances of the wide kernel, one translation unit per head dimension. `extended`: with additional keys
+// and a relative position bias (KeyExtension).
 #pragma once
 
 #include "../common/params.h"
@@ -6,11 +7,11 @@
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d32(DType dtype, int rank);
-WideInstance wide_d64(DType dtype, int rank);
-WideInstance wide_d96(DType dtype, int rank);
-WideInstance wide_d128(DType dtype, int rank);
-WideInstance wide_d192(DType dtype, int rank);
-WideInstance wide_d256(DType dtype, int rank);
+WideInstance wide_d32(DType dtype, int rank, bool extended);
+WideInstance wide_d64(DType dtype, int rank, bool extended);
+WideInstance wide_d96(DType dtype, int rank, bool extended);
+WideInstance wide_d128(DType dtype, int rank, bool extended);
+WideInstance wide_d192(DType dtype, int rank, bool extended);
+WideInstance wide_d256(DType dtype, int rank, bool extended);
 
 }  // namespace jax_natten::sm90

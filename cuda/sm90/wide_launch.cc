@@ -8,38 +8,28 @@
 namespace jax_natten::sm90 {
 namespace {
 
-WideInstance find_instance(int dim, DType dtype, int rank) {
+WideInstance find_instance(int dim, DType dtype, int rank, bool extended) {
   switch (dim) {
     case 32:
-      return wide_d32(dtype, rank);
+      return wide_d32(dtype, rank, extended);
     case 64:
-      return wide_d64(dtype, rank);
+      return wide_d64(dtype, rank, extended);
     case 96:
-      return wide_d96(dtype, rank);
+      return wide_d96(dtype, rank, extended);
     case 128:
-      return wide_d128(dtype, rank);
+      return wide_d128(dtype, rank, extended);
     case 192:
-      return wide_d192(dtype, rank);
+      return wide_d192(dtype, rank, extended);
     default:
-      return wide_d256(dtype, rank);
+      return wide_d256(dtype, rank, extended);
   }
 }
 
 }  // namespace
 
-const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
-  if (const char* reason = why_not_any(shape)) return reason;
-  if (const char* reason = why_not_tiles(shape, plan)) return reason;
-  if (plan.heads != 1) return "tiles have one head";
-  if (product(plan.query_tile) != kWideGroups * product(plan.query_part)) return "query tiles must have two parts";
-  if (product(plan.query_part) > kWideGroupRows) return "a warpgroup has at most 64 queries";
-  if (product(plan.key_tile) > wide_shape(compiled_head_dim(shape.dim)).keys) return "key tiles have too many keys";
-  return nullptr;
-}
-
 cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cudaStream_t stream) {
   if (why_not_wide(problem, plan) != nullptr) return cudaErrorInvalidValue;
-  if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
+  if (is_empty(problem)) return cudaSuccess;
 
   const WideShape compiled = wide_shape(compiled_head_dim(problem.dim));
   WideParams params;
@@ -48,8 +38,13 @@ cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cud
   params.mask_layout = KeyMaskLayout(plan.key_tile[0], plan.key_tile[1], plan.key_tile[2]);
   fill_key_mask(params.mask_layout, params.mask_table);
   params.padded = product(plan.key_tile) < compiled.keys;
+  const bool extended = is_extended(problem);
+  if (extended) {
+    error = set_up_extension(problem, plan, compiled.chunk, product(plan.key_tile), params);
+    if (error != cudaSuccess) return error;
+  }
 
-  const WideInstance instance = find_instance(compiled.dim, problem.dtype, problem.neighborhood.rank);
+  const WideInstance instance = find_instance(compiled.dim, problem.dtype, problem.neighborhood.rank, extended);
   const void* kernel = reinterpret_cast<const void*>(instance.kernel);
   int device = 0, processors = 0;
   if (error = current_device(device, processors); error != cudaSuccess) return error;

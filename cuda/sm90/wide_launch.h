@@ -8,9 +8,6 @@
 
 namespace jax_natten::sm90 {
 
-// Why a plan does not fit a problem; nullptr if it does.
-const char* why_not_wide(const FusedShape& shape, const Plan& plan);
-
 // Enqueues the kernel. Neither allocates nor synchronises. cudaErrorInvalidValue if plan and problem do not fit.
 cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cudaStream_t stream);
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Block(nn.Module):
     dilation: int
     mlp_ratio: int
     implementation: str | None
+    attention: Callable[..., jax.Array] | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,6 +42,7 @@ class Block(nn.Module):
             rel_pos_bias=True,
             fused_qkv=True,
             implementation=self.implementation,
+            attention=self.attention,
             name="attention",
         )(nn.LayerNorm()(x))
         y = nn.gelu(nn.Dense(self.mlp_ratio * x.shape[-1])(nn.LayerNorm()(x)))
@@ -67,6 +69,7 @@ class NAT(nn.Module):
       dilations: for every stage the dilation of each of its blocks; ``kernel_size * dilation`` must fit the grid.
       mlp_ratio: hidden features of the perceptrons, over those of the stage.
       implementation: of the attention, as in ``jax_natten.neighborhood_attention``.
+      attention: in the place of ``jax_natten.neighborhood_attention``; for training on several devices.
     """
 
     num_classes: int = 10
@@ -76,6 +79,7 @@ class NAT(nn.Module):
     dilations: Sequence[Sequence[int]] = ((1, 3), (1, 1))
     mlp_ratio: int = 2
     implementation: str | None = None
+    attention: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -91,6 +95,7 @@ class NAT(nn.Module):
                     dilation=dilation,
                     mlp_ratio=self.mlp_ratio,
                     implementation=self.implementation,
+                    attention=self.attention,
                     name=f"stage{stage}_block{block}",
                 )(x)
         x = jnp.mean(nn.LayerNorm()(x), axis=(-3, -2))

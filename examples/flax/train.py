@@ -105,22 +105,13 @@ def describe(model: NAT) -> str:
 
 def fit(model: NAT, params, train, test, *, steps: int, seed: int):
     """Trains; returns the parameters and ``{"loss": [steps], "step": [...], "train": [...], "test": [...]}``."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(steps // 10, 1), steps, LEARNING_RATE / 100)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
+    optimizer = optimizer_for(steps)
     state = optimizer.init(params)
     images, labels = jnp.asarray(train[0]), jnp.asarray(train[1])
 
-    def loss_of(params, images, labels):
-        logits = model.apply({"params": params}, images)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), LABEL_SMOOTHING)
-        return optax.softmax_cross_entropy(logits, targets).mean(), jnp.mean(logits.argmax(-1) == labels)
-
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params, state, key, batch):
-        moved = shift(key, images[batch])
-        (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, moved, labels[batch])
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss, accuracy
+        return step_of(model, optimizer, params, state, shift(key, images[batch]), labels[batch])
 
     @jax.jit
     def test_accuracy(params):
@@ -139,6 +130,24 @@ def fit(model: NAT, params, train, test, *, steps: int, seed: int):
                 history["test_accuracy"].append(float(test_accuracy(params)))
                 bar.set_postfix(loss=f"{loss:.3f}", test=f"{history['test_accuracy'][-1]:.1%}")
     return params, history
+
+
+def optimizer_for(steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, max(steps // 10, 1), steps, LEARNING_RATE / 100)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
+
+
+def step_of(model: NAT, optimizer: optax.GradientTransformation, params, state, images, labels):
+    """One step of the optimizer; returns the parameters, the optimizer's state, the loss and the accuracy."""
+
+    def loss_of(params):
+        logits = model.apply({"params": params}, images)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, model.num_classes), LABEL_SMOOTHING)
+        return optax.softmax_cross_entropy(logits, targets).mean(), jnp.mean(logits.argmax(-1) == labels)
+
+    (loss, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, loss, accuracy
 
 
 def shuffled(count: int, random: np.random.Generator):

@@ -23,6 +23,7 @@ def attention_fn(
     grid: Sequence[int] | None = None,
     scale: float | None = None,
     implementation: str | Sequence[str] | None = None,
+    attention: Callable[..., jax.Array] | None = None,
 ) -> Callable[..., jax.Array]:
     """Makes an ``attention_fn`` for Flax's own attention layers.
 
@@ -38,8 +39,7 @@ def attention_fn(
     given, ``[batch..., prod(grid), heads, dim]`` with the grid flattened in row-major order. It honours dropout on the
     attention weights and recording them (``sow_weights=True``), through the unfused operations; recorded weights are
     ``[batch..., *grid, heads, prod(kernel_size)]``, one per key of the window. The softmax is always taken in float32
-    (float64 for float64) and products are accumulated in it too, so ``force_fp32_for_softmax`` and ``precision`` change
-    nothing.
+    (float64 for float64) and products are accumulated in it too, so ``force_fp32_for_softmax`` changes nothing.
 
     Args:
       kernel_size: window size per axis; its length is the number of grid axes (an int: one).
@@ -47,6 +47,8 @@ def attention_fn(
       grid: shape of the grid that the layer's ``length`` axis flattens; None if the layer is given the grid's own axes.
       scale: multiplies query-key products; by default ``head_dim ** -0.5`` as in Flax.
       implementation: as in :func:`jax_natten.neighborhood_attention`.
+      attention: takes the place of :func:`jax_natten.neighborhood_attention`, with its arguments: for example
+        :func:`jax_natten.distributed.sharded_attention` (context parallelism). Not with dropout or ``sow_weights``.
 
     Returns:
       A function with the signature of ``flax.linen.dot_product_attention``. It raises NotImplementedError if it is
@@ -80,7 +82,7 @@ def attention_fn(
         attn_weights_value_einsum: Callable[..., jax.Array] | None = None,
         is_causal: bool = False,
     ) -> jax.Array:
-        del precision, force_fp32_for_softmax
+        del force_fp32_for_softmax
         refused = {
             "mask": mask,
             "bias": bias,
@@ -117,6 +119,8 @@ def attention_fn(
             broadcast_dropout=broadcast_dropout,
             record=None if module is None else lambda weights: _sow(module, weights),
             implementation=names,
+            precision=precision,
+            attention=attention,
         )
         return out.reshape(output_shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,8 @@ class NeighborhoodAttention(nn.Module):
       fused_qkv: whether one layer ``qkv`` takes the place of ``query``, ``key`` and ``value``; self attention only.
       scale: multiplies query-key products; by default ``head_dim ** -0.5``.
       implementation: which kernels run, as in :func:`jax_natten.neighborhood_attention`.
+      attention: takes the place of :func:`jax_natten.neighborhood_attention`, with its arguments: for example
+        :func:`jax_natten.distributed.sharded_attention` (context parallelism). Not with dropout or ``sow_weights``.
       dtype: dtype of the computation; by default inferred from inputs and parameters.
       param_dtype: dtype of the parameters.
       qkv_features: features of query, key and value, all heads together; by default those of the input.
@@ -63,7 +65,7 @@ class NeighborhoodAttention(nn.Module):
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       dropout_rate: probability to drop an attention weight.
       deterministic: whether to leave out dropout; may be given to the call instead.
-      precision: of the projections' products, see ``jax.lax.Precision``. The attention accumulates in float32 or more.
+      precision: of the projections' and the attention's products, see :func:`jax_natten.neighborhood_attention`.
       kernel_init, bias_init: initialise the projections.
       out_kernel_init, out_bias_init: initialise the output projection; by default as the others.
       rpb_init: initialises ``rpb``; by default a truncated normal with standard deviation 0.02.
@@ -81,6 +83,7 @@ class NeighborhoodAttention(nn.Module):
     fused_qkv: bool = False
     scale: float | None = None
     implementation: str | Sequence[str] | None = None
+    attention: Callable[..., jax.Array] | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     qkv_features: int | None = None
@@ -182,6 +185,8 @@ class NeighborhoodAttention(nn.Module):
             broadcast_dropout=self.broadcast_dropout,
             record=record if sow_weights else None,
             implementation=self.implementation,
+            precision=self.precision,
+            attention=self.attention,
         )
         return project(
             self.out_features or features,

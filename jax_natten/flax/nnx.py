@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -51,12 +51,14 @@ class NeighborhoodAttention(nnx.Module):
       fused_qkv: whether one layer ``qkv`` takes the place of ``query``, ``key`` and ``value``; self attention only.
       scale: multiplies query-key products; by default ``head_dim ** -0.5``.
       implementation: which kernels run, as in :func:`jax_natten.neighborhood_attention`.
+      attention: takes the place of :func:`jax_natten.neighborhood_attention`, with its arguments: for example
+        :func:`jax_natten.distributed.sharded_attention` (context parallelism). Not with dropout or ``sow_weights``.
       dtype: dtype of the computation; by default inferred from inputs and parameters.
       param_dtype: dtype of the parameters.
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       dropout_rate: probability to drop an attention weight.
       deterministic: whether to leave out dropout; may be given to the call instead.
-      precision: of the projections' products, see ``jax.lax.Precision``.
+      precision: of the projections' and the attention's products, see :func:`jax_natten.neighborhood_attention`.
       kernel_init, bias_init: initialise the projections.
       out_kernel_init, out_bias_init: initialise the output projection; by default as the others.
       rpb_init: initialises ``rpb``; by default a truncated normal with standard deviation 0.02.
@@ -90,6 +92,7 @@ class NeighborhoodAttention(nnx.Module):
         fused_qkv: bool = False,
         scale: float | None = None,
         implementation: str | Sequence[str] | None = None,
+        attention: Callable[..., jax.Array] | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         broadcast_dropout: bool = True,
@@ -126,6 +129,7 @@ class NeighborhoodAttention(nnx.Module):
         self.fused_qkv = fused_qkv
         self.scale = scale
         self.implementation = _static(implementation)
+        self.attention = attention
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.broadcast_dropout = broadcast_dropout
@@ -253,6 +257,8 @@ class NeighborhoodAttention(nnx.Module):
             broadcast_dropout=self.broadcast_dropout,
             record=record if sow_weights else None,
             implementation=self.implementation,
+            precision=self.precision,
+            attention=self.attention,
         )
         return self.out(x)
 

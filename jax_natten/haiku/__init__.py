@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ class NeighborhoodAttention(hk.Module):
         need memory for ``prod(kernel_size)`` weights per query and head.
       broadcast_dropout: drop the same (query, slot) pairs in every batch element and head.
       implementation: which kernels run, as in :func:`jax_natten.neighborhood_attention`.
+      attention: takes the place of :func:`jax_natten.neighborhood_attention`, with its arguments: for example
+        :func:`jax_natten.distributed.sharded_attention` (context parallelism). Not with dropout.
       w_init: initialises the projections' weights; by default as ``hk.Linear``.
       with_bias: whether the projections add a bias.
       b_init: initialises the biases; by default zero.
@@ -80,6 +82,7 @@ class NeighborhoodAttention(hk.Module):
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
         implementation: str | Sequence[str] | None = None,
+        attention: Callable[..., jax.Array] | None = None,
         w_init: hk.initializers.Initializer | None = None,
         with_bias: bool = True,
         b_init: hk.initializers.Initializer | None = None,
@@ -101,6 +104,7 @@ class NeighborhoodAttention(hk.Module):
         self.dropout_rate = dropout_rate
         self.broadcast_dropout = broadcast_dropout
         self.implementation = implementation
+        self.attention = attention
         self.w_init = w_init
         self.with_bias = with_bias
         self.b_init = b_init
@@ -169,5 +173,6 @@ class NeighborhoodAttention(hk.Module):
             dropout_rng=hk.next_rng_key() if dropout_rate > 0.0 else None,
             broadcast_dropout=self.broadcast_dropout,
             implementation=self.implementation,
+            attention=self.attention,
         )
         return linear(self.model_size)(x.reshape(*x.shape[:-2], -1))

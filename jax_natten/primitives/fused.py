@@ -11,6 +11,7 @@ Operands common to all: query, key, value, additional_keys, additional_values, b
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -18,8 +19,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import ad
 
 from jax_natten.dispatch import Problem
-from jax_natten.primitives import shim, workspace
-from jax_natten.primitives.factory import NativeCall, Operation, accumulation_dtype, bind, define, window_attributes
+from jax_natten.primitives import cost, shim, workspace
+from jax_natten.primitives.factory import (
+    NativeCall,
+    Operation,
+    accumulation_dtype,
+    bind,
+    define,
+    precision_attribute,
+    window_attributes,
+)
 from jax_natten.xla import fused as xla
 
 # Names of the residuals for checkpoint policies, e.g. ``jax.checkpoint_policies.save_only_these_names``.
@@ -31,6 +40,7 @@ _OUT, _LSE = "bXhe", "bXh"
 
 def problem(operation: str, query, key, value, additional_keys, bias, neighborhood) -> Problem:
     """The case that these arrays (or abstract values) make; absent ones are None or empty."""
+    sizes = query.shape[:-2] if shim.is_constant(query.shape[:-2]) else (0,) * (query.ndim - 2)
     return Problem(
         operation=operation,
         neighborhood=neighborhood,
@@ -39,8 +49,11 @@ def problem(operation: str, query, key, value, additional_keys, bias, neighborho
         kv_heads=key.shape[-2],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        additional_keys=0 if additional_keys is None else additional_keys.shape[1],
-        has_bias=bias is not None and bias.shape[1] > 0,
+        additional_keys=0 if additional_keys is None else additional_keys.shape[-3],
+        has_bias=bias is not None and bias.shape[-1 - neighborhood.rank] > 0,
+        # Of shapes that are known only when a program runs the kernels decide then.
+        batch=math.prod(sizes[: -neighborhood.rank]),
+        grid=tuple(sizes[-neighborhood.rank :]),
     )
 
 
@@ -50,12 +63,12 @@ def _forward_avals(query, key, value, *_, **__):
     return [out, lse]
 
 
-def _native(name, query, key, value, additional_keys, additional_values, bias, *_, neighborhood, scale):
+def _native(name, query, key, value, additional_keys, additional_values, bias, *_, neighborhood, scale, precision):
     backward = name == "fused_backward"
     return NativeCall(
         target=f"jax_natten_{name}",
         problem=problem(name, query, key, value, additional_keys, bias, neighborhood),
-        attributes=window_attributes(neighborhood) | {"scale": np.float64(scale)},
+        attributes=window_attributes(neighborhood) | precision_attribute(precision) | {"scale": np.float64(scale)},
         workspace=workspace.fused_backward(query, value, additional_keys, bias) if backward else None,
     )
 
@@ -87,10 +100,14 @@ _TANGENT = Operation(
 forward_p, backward_p, tangent_p = map(define, (_FORWARD, _BACKWARD, _TANGENT))
 
 
-def attention(query, key, value, additional_keys, additional_values, bias, *, neighborhood, scale, implementation):
-    """``(out, lse)``; additional keys and values, or the bias, may be None."""
+def attention(query, key, value, additional_keys, additional_values, bias, **params):
+    """``(out, lse)``; additional keys and values, or the bias, may be None.
+
+    Parameters are ``neighborhood``, ``scale``, ``precision``, ``implementation``, and ``tiles``, which only the forward
+    has.
+    """
     operands = (query, key, value, additional_keys, additional_values, bias)
-    return bind(forward_p, *operands, neighborhood=neighborhood, scale=scale, implementation=implementation)
+    return bind(forward_p, *operands, **params)
 
 
 def _rebind(primitive, *operands, present, **params):
@@ -98,8 +115,8 @@ def _rebind(primitive, *operands, present, **params):
     return primitive.bind(*shim.align(*operands), present=present, **params)
 
 
-def _forward_jvp(primals, tangents, *, present, **params):
-    out, lse = _rebind(forward_p, *primals, present=present, **params)
+def _forward_jvp(primals, tangents, *, present, tiles, **params):
+    out, lse = _rebind(forward_p, *primals, present=present, tiles=tiles, **params)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     tangents = map(ad.instantiate_zeros, tangents)
     every = (*present, True, True, *present)
@@ -120,6 +137,16 @@ def _xla_jvp(operation, primals, tangents, **params):
     tangents = tuple(map(ad.instantiate_zeros, tangents))
     return jax.jvp(functools.partial(operation.run_xla, **params), tuple(primals), tangents)
 
+
+def _flops(operation, operands, _, present, neighborhood):
+    query, _, value, *rest = operands
+    additional = rest[0].shape[-3] if present[3] else 0
+    dims = {"dim": query.shape[-1], "value_dim": value.shape[-1]}
+    return cost.flops(operation, neighborhood, query.shape[:-1], additional=additional, **dims)
+
+
+for _primitive, _name in ((forward_p, "forward"), (backward_p, "backward"), (tangent_p, "tangent")):
+    cost.register(_primitive, functools.partial(_flops, _name))
 
 ad.primitive_jvps[forward_p] = _forward_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose

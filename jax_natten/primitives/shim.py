@@ -8,7 +8,7 @@ import jax
 from jax._src import core
 from jax._src import dispatch as _jax_dispatch
 from jax.extend.core import Primitive
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 def lower_with_devices(primitive: Primitive) -> None:
@@ -24,6 +24,11 @@ def min_dim(a, b):
 def max_dim(a, b):
     """``max`` that also takes symbolic dimensions."""
     return core.max_dim(a, b)
+
+
+def is_constant(shape) -> bool:
+    """Whether a shape has no symbolic dimensions."""
+    return core.is_constant_shape(tuple(shape))
 
 
 def derive(aval, shape, dtype=None, axes=None):
@@ -46,6 +51,27 @@ def derive(aval, shape, dtype=None, axes=None):
     entries = (inherited(length, axis) for length, axis in zip(shape, axes))
     sharding = aval.sharding.update(spec=PartitionSpec(*entries))
     return aval.update(shape=tuple(shape), dtype=dtype or aval.dtype, sharding=sharding)
+
+
+def reshape(array, shape):
+    """``array.reshape``, which of explicitly sharded axes merges none but the first of those it merges."""
+    if array.shape == tuple(shape):
+        return array
+    sharding = jax.typeof(array).sharding
+    if any(kind == AxisType.Explicit for kind in sharding.mesh.axis_types):
+        merged = array.ndim - len(shape)  # batch axes beyond the first
+        spec = [None if 1 <= axis <= merged else entry for axis, entry in enumerate(sharding.spec)]
+        array = jax.sharding.reshard(array, PartitionSpec(*spec))
+    return array.reshape(shape)
+
+
+def local():
+    """Context to lower what one device computes, whatever mesh is set.
+
+    Under an explicit mesh JAX annotates even the scalars that a reduction or a scatter adds with shardings, which XLA
+    refuses in a partitioned program.
+    """
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def align(*arrays):

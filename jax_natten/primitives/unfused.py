@@ -19,8 +19,16 @@ from jax.interpreters import ad
 
 from jax_natten.bias import bias_gradient
 from jax_natten.dispatch import Problem
-from jax_natten.primitives import shim, workspace
-from jax_natten.primitives.factory import NativeCall, Operation, bind, define, window_attributes
+from jax_natten.primitives import cost, shim, workspace
+from jax_natten.primitives.factory import (
+    NativeCall,
+    Operation,
+    bind,
+    define,
+    precision_attribute,
+    restored,
+    window_attributes,
+)
 from jax_natten.xla import unfused as xla
 
 _WEIGHTS, _QUERIES, _KEYS, _ADDITIONAL, _BIAS = "bXhw", "bXhd", "bXkd", "bskd", "ghpqr"
@@ -32,12 +40,12 @@ def problem(operation: str, dtype, heads, kv_heads, dim, additional, has_bias, n
 
 
 def _pn_avals(queries, keys, additional, bias, *, neighborhood, **_):
-    slots = neighborhood.window_size + (0 if additional is None else additional.shape[1])
+    slots = neighborhood.window_size + (0 if additional is None else additional.shape[-3])
     axes = (*range(queries.ndim - 1), None)
     return [shim.derive(queries, (*queries.shape[:-1], slots), axes=axes)]
 
 
-def _pn_native(queries, keys, additional, bias, *, neighborhood, fill_negative_infinity):
+def _pn_native(queries, keys, additional, bias, *, neighborhood, precision, fill_negative_infinity):
     case = problem(
         "pn",
         queries.dtype,
@@ -48,35 +56,36 @@ def _pn_native(queries, keys, additional, bias, *, neighborhood, fill_negative_i
         bias.shape[1] > 0,
         neighborhood,
     )
-    attributes = window_attributes(neighborhood) | {"fill_negative_infinity": np.bool_(fill_negative_infinity)}
-    return NativeCall("jax_natten_pn", case, attributes)
+    attributes = window_attributes(neighborhood) | precision_attribute(precision)
+    return NativeCall("jax_natten_pn", case, attributes | {"fill_negative_infinity": np.bool_(fill_negative_infinity)})
 
 
 def _nn_avals(weights, keys, additional, **_):
     return [shim.derive(weights, (*weights.shape[:-1], keys.shape[-1]), axes=(*range(weights.ndim - 1), None))]
 
 
-def _nn_native(weights, keys, additional, *, neighborhood):
+def _nn_native(weights, keys, additional, *, neighborhood, precision):
     heads, (kv_heads, dim) = weights.shape[-2], keys.shape[-2:]
     case = problem("nn", weights.dtype, heads, kv_heads, dim, additional.shape[1], False, neighborhood)
-    return NativeCall("jax_natten_nn", case, window_attributes(neighborhood))
+    return NativeCall("jax_natten_nn", case, window_attributes(neighborhood) | precision_attribute(precision))
 
 
-def _inverse_avals(weights, queries, *, group, additional, **_):
-    batch, *grid, heads, dim = queries.shape
+def _inverse_avals(weights, queries, *, neighborhood, group, additional, **_):
+    *rows, heads, dim = queries.shape
+    first = len(rows) - neighborhood.rank  # grid axis
     kv_heads = heads // group
-    rank = len(grid)
+    extra_axes = (*range(first), None, queries.ndim - 2, queries.ndim - 1)
     return [
-        shim.derive(queries, (batch, *grid, kv_heads, dim)),
-        shim.derive(queries, (batch, additional, kv_heads, dim), axes=(0, None, rank + 1, rank + 2)),
+        shim.derive(queries, (*rows, kv_heads, dim)),
+        shim.derive(queries, (*rows[:first], additional, kv_heads, dim), axes=extra_axes),
     ]
 
 
-def _inverse_native(weights, queries, *, neighborhood, group, additional):
+def _inverse_native(weights, queries, *, neighborhood, precision, group, additional):
     heads, dim = queries.shape[-2:]
     kv_heads = heads // group
     case = problem("in", queries.dtype, heads, kv_heads, dim, additional, False, neighborhood)
-    attributes = window_attributes(neighborhood)
+    attributes = window_attributes(neighborhood) | precision_attribute(precision)
     return NativeCall("jax_natten_in", case, attributes, workspace.inverse(queries, kv_heads, additional))
 
 
@@ -137,14 +146,8 @@ def inverse(weights, queries, *, group, additional, **params):
 def _inverse_like(weights, queries, keys, additional, **params):
     """``inverse`` with results like these keys, which may be undefined primals."""
     keys, additional = (x.aval if _linear(x) else x for x in (keys, additional))
-    group, count = weights.shape[-2] // keys.shape[-2], 0 if additional is None else additional.shape[1]
+    group, count = weights.shape[-2] // keys.shape[-2], 0 if additional is None else additional.shape[-3]
     return inverse(weights, queries, group=group, additional=count, **params)
-
-
-def _restored(operands, present):
-    """Operands of a primitive with None for those absent."""
-    given = iter(operands)
-    return [next(given) if there else None for there in present]
 
 
 def _linear(x) -> bool:
@@ -167,8 +170,8 @@ def _sum(terms, results):
 
 
 def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
-    queries, *sides = _restored(primals, present)
-    t_queries, *t_sides = _restored(tangents, present)
+    queries, *sides = restored(primals, present)
+    t_queries, *t_sides = restored(tangents, present)
     result = pn(queries, *sides, fill_negative_infinity=fill_negative_infinity, **params)
     terms = []  # the tangent of a -inf slot is zero
     if _given(t_queries):
@@ -180,7 +183,7 @@ def _pn_jvp(primals, tangents, *, present, fill_negative_infinity, **params):
 
 
 def _pn_transpose(cotangents, *operands, present, fill_negative_infinity, **params):
-    queries, *sides = _restored(operands, present)
+    queries, *sides = restored(operands, present)
     keys, additional, bias = sides
     weights = ad.instantiate_zeros(cotangents[0])
     if _linear(queries):
@@ -192,8 +195,8 @@ def _pn_transpose(cotangents, *operands, present, fill_negative_infinity, **para
 
 
 def _nn_jvp(primals, tangents, *, present, **params):
-    weights, *sides = _restored(primals, present)
-    t_weights, *t_sides = _restored(tangents, present)
+    weights, *sides = restored(primals, present)
+    t_weights, *t_sides = restored(tangents, present)
     result = nn(weights, *sides, **params)
     terms = []
     if _given(t_weights):
@@ -204,7 +207,7 @@ def _nn_jvp(primals, tangents, *, present, **params):
 
 
 def _nn_transpose(cotangents, *operands, present, **params):
-    weights, *sides = _restored(operands, present)
+    weights, *sides = restored(operands, present)
     keys, additional = sides
     queries = ad.instantiate_zeros(cotangents[0])
     if _linear(weights):
@@ -229,6 +232,16 @@ def _inverse_transpose(cotangents, weights, queries, *, present, group, addition
         return [pn(queries, keys, extra, None, **params), None]
     return [None, nn(weights, keys, extra, **params)]
 
+
+def _flops(weights, rows, neighborhood):
+    """One product over the channels of ``rows`` per slot that holds a key."""
+    additional = weights.shape[-1] - neighborhood.window_size
+    return cost.flops("av", neighborhood, weights.shape[:-1], additional=additional, value_dim=rows.shape[-1])
+
+
+cost.register(pn_p, lambda operands, results, _, neighborhood: _flops(results[0], operands[0], neighborhood))
+cost.register(nn_p, lambda operands, results, _, neighborhood: _flops(operands[0], results[0], neighborhood))
+cost.register(inverse_p, lambda operands, results, _, neighborhood: _flops(operands[0], operands[1], neighborhood))
 
 ad.primitive_jvps[pn_p] = _pn_jvp
 ad.primitive_transposes[pn_p] = _pn_transpose

@@ -30,9 +30,6 @@ from jax_natten.xla.tiling import TiledAxis
 
 QUERIES, KEYS, ADDITIONAL, BIAS = "queries", "keys", "additional", "bias"
 
-# Without it the default precision of some devices would round float32 operands.
-einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-
 
 def accumulation_dtype(dtype) -> np.dtype:
     """float64 for float64, else float32."""
@@ -50,16 +47,20 @@ class Blocks:
     kv_heads: int
     group: int
     dtype: np.dtype
+    precision: lax.Precision
     tiling: tiling.Tiling
 
     @classmethod
-    def make(cls, queries, kv_heads, neighborhood: Neighborhood, *, channels, additional, bias_batch=1) -> Blocks:
+    def make(
+        cls, queries, kv_heads, neighborhood: Neighborhood, *, precision, channels, additional, bias_batch=1
+    ) -> Blocks:
         """The blocks for queries ``[B, *X, Hq, C]``, of which no axis but the last may be empty.
 
         Args:
           queries: gives batch, grid, heads and dtype.
           kv_heads: key and value heads.
           neighborhood: the window.
+          precision: of the products.
           channels: multiply-adds per query-key pair, for the choice of the tiling.
           additional: additional keys.
           bias_batch: number of biases, which divides the batch.
@@ -74,6 +75,7 @@ class Blocks:
             kv_heads=kv_heads,
             group=group,
             dtype=accumulation_dtype(queries.dtype),
+            precision=precision,
             tiling=tiling.choose(neighborhood, tuple(grid), batch // bias_batch, kv_heads, group, channels, additional),
         )
 
@@ -268,6 +270,22 @@ class Block:
             mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
         )
 
+    def einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
+        """``jnp.einsum`` in the precision asked for."""
+        return jnp.einsum(subscripts, *operands, precision=self._blocks.precision)
+
+    def contract(self, subscripts: str, weights: jax.Array, values: jax.Array) -> jax.Array:
+        """``einsum(subscripts, weights, values)`` over the pairs of the mask, see :func:`contract`."""
+        return contract(subscripts, weights, values, self.mask, self._blocks.precision)
+
+    def sum_over_queries(self, weights: jax.Array, queries: jax.Array) -> jax.Array:
+        """``einsum("bnhgqs,bnhgqd->bhsd", ...)`` in two stages: one long sum would lose too many roundings."""
+        count = weights.shape[4]
+        length = max(n for n in range(1, min(count, 32) + 1) if count % n == 0)
+        split = (*weights.shape[:4], count // length, length, -1)
+        parts = self.einsum("bnhgcqs,bnhgcqd->bnhgcsd", weights.reshape(split), queries.reshape(split))
+        return parts.sum((1, 3, 4))
+
     @functools.cached_property
     def inside(self) -> jax.Array:
         """``[n or 1, 1, 1, q, 1]``: the query is a position of the grid and not padding."""
@@ -388,14 +406,16 @@ class Block:
         return x
 
 
-def contract(subscripts: str, weights: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+def contract(
+    subscripts: str, weights: jax.Array, values: jax.Array, mask: jax.Array, precision: lax.Precision
+) -> jax.Array:
     """``einsum(subscripts, weights, values)`` in which pairs outside the mask do not count, whatever ``values`` holds.
 
     ``weights`` must be zero outside the mask. Zero times infinity would be NaN, so non-finite values are set to zero
     here, and what they contribute inside the mask is added afterwards, without a derivative.
     """
     finite = jnp.isfinite(values)
-    product = einsum(subscripts, weights, jnp.where(finite, values, 0))
+    product = jnp.einsum(subscripts, weights, jnp.where(finite, values, 0), precision=precision)
     operands = map(lax.stop_gradient, (weights, values, mask))
     return product + lax.cond(
         jnp.all(finite),
@@ -403,15 +423,6 @@ def contract(subscripts: str, weights: jax.Array, values: jax.Array, mask: jax.A
         functools.partial(_non_finite_terms, subscripts),
         *operands,
     )
-
-
-def sum_over_queries(weights: jax.Array, queries: jax.Array) -> jax.Array:
-    """``einsum("bnhgqs,bnhgqd->bhsd", ...)`` in two stages: a long sum in sequence would lose too many roundings."""
-    count = weights.shape[4]
-    length = max(n for n in range(1, min(count, 32) + 1) if count % n == 0)
-    split = (*weights.shape[:4], count // length, length, -1)
-    parts = einsum("bnhgcqs,bnhgcqd->bnhgcsd", weights.reshape(split), queries.reshape(split))
-    return parts.sum((1, 3, 4))
 
 
 def _non_finite_terms(subscripts, weights, values, mask):

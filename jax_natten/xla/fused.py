@@ -20,9 +20,6 @@ from jax_natten.xla.blocks import (
     Block,
     Blocks,
     accumulation_dtype,
-    contract,
-    einsum,
-    sum_over_queries,
 )
 
 _LAYOUTS = (QUERIES, KEYS, KEYS, ADDITIONAL, ADDITIONAL, BIAS)
@@ -38,10 +35,11 @@ def forward(
     *,
     neighborhood: Neighborhood,
     scale: float,
+    precision: lax.Precision,
 ) -> tuple[jax.Array, jax.Array]:
     """``(out, lse)``: ``[B, *X, Hq, Dv]`` in the dtype of ``query``, ``[B, *X, Hq]`` in the accumulation dtype."""
     operands = (query, key, value, additional_keys, additional_values, bias)
-    blocks = _blocks(*operands, neighborhood)
+    blocks = _blocks(*operands, neighborhood, precision)
     if blocks is None:
         return _empty_forward(query, value)
 
@@ -53,7 +51,7 @@ def forward(
         local, extra = jnp.exp(local - highest), jnp.exp(extra - highest)
         # Rows of padding see no key; any finite number does for them.
         total = jnp.where(block.inside, local.sum(-1, keepdims=True) + extra.sum(-1, keepdims=True), 1)
-        out = contract("bnhgqk,bnhkd->bnhgqd", local, v, block.mask) + einsum("bnhgqs,bhsd->bnhgqd", extra, extra_v)
+        out = block.contract("bnhgqk,bnhkd->bnhgqd", local, v) + block.einsum("bnhgqs,bhsd->bnhgqd", extra, extra_v)
         return ((out / total).astype(query.dtype), highest + jnp.log(total)), ()
 
     _, (out, lse) = blocks.run(evaluate, _fold(blocks, operands))
@@ -74,10 +72,11 @@ def backward(
     *,
     neighborhood: Neighborhood,
     scale: float,
+    precision: lax.Precision,
 ) -> tuple[jax.Array, ...]:
     """Cotangents of the first six operands, from those of ``out`` and ``lse``."""
     operands = (query, key, value, additional_keys, additional_values, bias)
-    blocks = _blocks(*operands, neighborhood)
+    blocks = _blocks(*operands, neighborhood, precision)
     if blocks is None:
         return tuple(map(jnp.zeros_like, operands))
 
@@ -87,18 +86,18 @@ def backward(
         scores, extra_scores = _scores(block, q, k, extra_k, table, scale)
         local, extra = _weights(block, scores, extra_scores, row_lse)
         delta = (o * d_o).sum(-1, keepdims=True) - d_row_lse
-        d_local = einsum("bnhgqd,bnhkd->bnhgqk", d_o, v) - delta
+        d_local = block.einsum("bnhgqd,bnhkd->bnhgqk", d_o, v) - delta
         d_local = jnp.where(block.mask, local * d_local, 0)
-        d_extra = einsum("bnhgqd,bhsd->bnhgqs", d_o, extra_v) - delta
+        d_extra = block.einsum("bnhgqd,bhsd->bnhgqs", d_o, extra_v) - delta
         d_extra = jnp.where(block.inside, extra * d_extra, 0)
 
-        d_q = contract("bnhgqk,bnhkd->bnhgqd", d_local, k, block.mask)
-        d_q += einsum("bnhgqs,bhsd->bnhgqd", d_extra, extra_k)
+        d_q = block.contract("bnhgqk,bnhkd->bnhgqd", d_local, k)
+        d_q += block.einsum("bnhgqs,bhsd->bnhgqd", d_extra, extra_k)
         terms = (
-            scale * contract("bnhgqk,bnhgqd->bnhkd", d_local, q, block.mask),
-            contract("bnhgqk,bnhgqd->bnhkd", local, d_o, block.mask),
-            scale * sum_over_queries(d_extra, q),
-            sum_over_queries(extra, d_o),
+            scale * block.contract("bnhgqk,bnhgqd->bnhkd", d_local, q),
+            block.contract("bnhgqk,bnhgqd->bnhkd", local, d_o),
+            scale * block.sum_over_queries(d_extra, q),
+            block.sum_over_queries(extra, d_o),
             d_local.sum((0, 1)),
         )
         return ((scale * d_q).astype(query.dtype),), terms[: len(sums)]
@@ -135,11 +134,12 @@ def tangent(
     *,
     neighborhood: Neighborhood,
     scale: float,
+    precision: lax.Precision,
 ) -> tuple[jax.Array, jax.Array]:
     """Tangents of ``out`` and ``lse``, linear in those of the first six operands."""
     operands = (query, key, value, additional_keys, additional_values, bias)
     tangents = (t_query, t_key, t_value, t_additional_keys, t_additional_values, t_bias)
-    blocks = _blocks(*operands, neighborhood)
+    blocks = _blocks(*operands, neighborhood, precision)
     if blocks is None:
         return _empty_forward(query, value)
 
@@ -148,14 +148,16 @@ def tangent(
         t_q, t_k, t_v, t_extra_k, t_extra_v, t_table = _take(block, folded[6:12])
         scores, extra_scores = _scores(block, q, k, extra_k, table, scale)
         local, extra = _weights(block, scores, extra_scores, block.take(QUERIES, folded[12]))
-        t_local, t_extra = (scale * (a + b) for a, b in zip(_products(t_q, k, extra_k), _products(q, t_k, t_extra_k)))
+        t_local, t_extra = (
+            scale * (a + b) for a, b in zip(_products(block, t_q, k, extra_k), _products(block, q, t_k, t_extra_k))
+        )
         t_local = jnp.where(block.mask, local * _plus(t_local, t_table), 0)
         t_extra = jnp.where(block.inside, extra * t_extra, 0)
         t_lse = t_local.sum(-1, keepdims=True) + t_extra.sum(-1, keepdims=True)
 
         def mean(local, extra, v, extra_v):
-            mean = contract("bnhgqk,bnhkd->bnhgqd", local, v, block.mask)
-            return mean + einsum("bnhgqs,bhsd->bnhgqd", extra, extra_v)
+            mean = block.contract("bnhgqk,bnhkd->bnhgqd", local, v)
+            return mean + block.einsum("bnhgqs,bhsd->bnhgqd", extra, extra_v)
 
         t_local = jnp.where(block.mask, t_local - local * t_lse, 0)
         t_out = mean(t_local, t_extra - extra * t_lse, v, extra_v) + mean(local, extra, t_v, t_extra_v)
@@ -166,7 +168,7 @@ def tangent(
     return blocks.unfold_queries(t_out), blocks.unfold_queries(t_lse)[..., 0]
 
 
-def _blocks(query, key, value, additional_keys, additional_values, bias, neighborhood) -> Blocks | None:
+def _blocks(query, key, value, additional_keys, additional_values, bias, neighborhood, precision) -> Blocks | None:
     """The blocks of a problem; None if it has no queries."""
     if 0 in query.shape[:-1]:
         return None
@@ -174,6 +176,7 @@ def _blocks(query, key, value, additional_keys, additional_values, bias, neighbo
         query,
         key.shape[-2],
         neighborhood,
+        precision=precision,
         channels=key.shape[-1] + value.shape[-1],
         additional=additional_keys.shape[1],
         bias_batch=bias.shape[0] if bias.size else 1,
@@ -204,9 +207,9 @@ def _take(block: Block, folded) -> list[jax.Array | None]:
     return [block.take(layout, x) if layout != BIAS or x.size else None for layout, x in zip(_LAYOUTS, folded)]
 
 
-def _products(q, k, extra_k):
+def _products(block: Block, q, k, extra_k):
     """Dot products of the queries with the slab and with the additional keys."""
-    return einsum("bnhgqd,bnhkd->bnhgqk", q, k), einsum("bnhgqd,bhsd->bnhgqs", q, extra_k)
+    return block.einsum("bnhgqd,bnhkd->bnhgqk", q, k), block.einsum("bnhgqd,bhsd->bnhgqs", q, extra_k)
 
 
 def _plus(scores, table):
@@ -215,7 +218,7 @@ def _plus(scores, table):
 
 def _scores(block: Block, q, k, extra_k, table, scale):
     """Scores of the slab and of the additional keys, -inf for pairs that do not attend."""
-    local, extra = _products(q, k, extra_k)
+    local, extra = _products(block, q, k, extra_k)
     local = jnp.where(block.mask, _plus(scale * local, table), -jnp.inf)
     return local, jnp.where(block.inside, scale * extra, -jnp.inf)
 

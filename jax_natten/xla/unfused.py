@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_natten.neighborhood import Neighborhood
-from jax_natten.xla.blocks import ADDITIONAL, BIAS, KEYS, QUERIES, Block, Blocks, contract, einsum, sum_over_queries
+from jax_natten.xla.blocks import ADDITIONAL, BIAS, KEYS, QUERIES, Block, Blocks
 
 
 def pn(
@@ -20,6 +21,7 @@ def pn(
     bias: jax.Array,
     *,
     neighborhood: Neighborhood,
+    precision: lax.Precision,
     fill_negative_infinity: bool,
 ) -> tuple[jax.Array]:
     """Weights ``[B, *X, Hq, slots]``: products with the keys of the window (plus bias), then with the additional keys.
@@ -31,18 +33,24 @@ def pn(
         return (jnp.zeros((*queries.shape[:-1], neighborhood.window_size + additional), queries.dtype),)
     bias_batch = bias.shape[0] if bias.size else 1
     blocks = Blocks.make(
-        queries, kv_heads, neighborhood, channels=keys.shape[-1], additional=additional, bias_batch=bias_batch
+        queries,
+        kv_heads,
+        neighborhood,
+        precision=precision,
+        channels=keys.shape[-1],
+        additional=additional,
+        bias_batch=bias_batch,
     )
     fill = -jnp.inf if fill_negative_infinity else 0
 
     def evaluate(block: Block, folded):
         q, k, extra = (block.take(layout, x) for layout, x in zip((QUERIES, KEYS, ADDITIONAL), folded))
-        local = einsum("bnhgqd,bnhkd->bnhgqk", q, k)
+        local = block.einsum("bnhgqd,bnhkd->bnhgqk", q, k)
         if bias.size:
             local += block.take(BIAS, folded[3])
         slots = jnp.take_along_axis(local, block.key_of_slot[None], -1)
         slots = jnp.where(block.slot_mask, slots, fill)
-        weights = jnp.concatenate([slots, einsum("bnhgqd,bhsd->bnhgqs", q, extra)], -1)
+        weights = jnp.concatenate([slots, block.einsum("bnhgqd,bhsd->bnhgqs", q, extra)], -1)
         return (weights.astype(queries.dtype),), ()
 
     folded = (
@@ -56,18 +64,25 @@ def pn(
 
 
 def nn(
-    weights: jax.Array, keys: jax.Array, additional_keys: jax.Array, *, neighborhood: Neighborhood
+    weights: jax.Array,
+    keys: jax.Array,
+    additional_keys: jax.Array,
+    *,
+    neighborhood: Neighborhood,
+    precision: lax.Precision,
 ) -> tuple[jax.Array]:
     """Queries ``[B, *X, Hq, D]``: sums of the keys of the window and the additional keys, weighted."""
     kv_heads, dim = keys.shape[-2:]
     if 0 in weights.shape[:-1]:
         return (jnp.zeros((*weights.shape[:-1], dim), weights.dtype),)
-    blocks = Blocks.make(weights, kv_heads, neighborhood, channels=dim, additional=additional_keys.shape[1])
+    blocks = Blocks.make(
+        weights, kv_heads, neighborhood, precision=precision, channels=dim, additional=additional_keys.shape[1]
+    )
 
     def evaluate(block: Block, folded):
         local, extra = _split(block, neighborhood, folded[0])
-        queries = contract("bnhgqk,bnhkd->bnhgqd", local, block.take(KEYS, folded[1]), block.mask)
-        queries += einsum("bnhgqs,bhsd->bnhgqd", extra, block.take(ADDITIONAL, folded[2]))
+        queries = block.contract("bnhgqk,bnhkd->bnhgqd", local, block.take(KEYS, folded[1]))
+        queries += block.einsum("bnhgqs,bhsd->bnhgqd", extra, block.take(ADDITIONAL, folded[2]))
         return (queries.astype(weights.dtype),), ()
 
     folded = (blocks.fold_queries(weights), blocks.fold_keys(keys), blocks.fold_additional(additional_keys))
@@ -76,21 +91,27 @@ def nn(
 
 
 def inverse(
-    weights: jax.Array, queries: jax.Array, *, neighborhood: Neighborhood, kv_heads: int, additional: int
+    weights: jax.Array,
+    queries: jax.Array,
+    *,
+    neighborhood: Neighborhood,
+    precision: lax.Precision,
+    kv_heads: int,
+    additional: int,
 ) -> tuple[jax.Array, jax.Array]:
     """``(keys, additional_keys)``: sums over the queries that see a key, weighted, and over the heads of its group."""
     batch, *grid, _, dim = queries.shape
     key_shape, extra_shape = (batch, *grid, kv_heads, dim), (batch, additional, kv_heads, dim)
     if 0 in weights.shape[:-1]:
         return jnp.zeros(key_shape, queries.dtype), jnp.zeros(extra_shape, queries.dtype)
-    blocks = Blocks.make(weights, kv_heads, neighborhood, channels=dim, additional=additional)
+    blocks = Blocks.make(weights, kv_heads, neighborhood, precision=precision, channels=dim, additional=additional)
 
     def evaluate(block: Block, folded):
         local, extra = _split(block, neighborhood, folded[0])
         q = block.take(QUERIES, folded[1])
         return (), (
-            contract("bnhgqk,bnhgqd->bnhkd", local, q, block.mask),
-            sum_over_queries(extra, q),
+            block.contract("bnhgqk,bnhgqd->bnhkd", local, q),
+            block.sum_over_queries(extra, q),
         )
 
     # Like the queries, so that they vary over the same mesh axes inside shard_map.

@@ -68,12 +68,15 @@ void perform(size_t i) {
           emulator_memory[swizzled(start + offset + done, map.swizzle) - kSharedBase] = source ? source[done] : 0;
         }
       });
+      // What the TMA writes, nobody else has.
+      std::fill_n(&cta.unfenced[(start - kSharedBase) / 16], map.box_bytes() / 16, uint16_t(0));
       complete_bytes(operation.barrier, map.box_bytes());
       break;
     }
     case AsyncOperation::kStore: {
       const uint32_t start = operation.address;
       if (shared_bytes(start, map.box_bytes(), 128, "TMA store") == nullptr) return;
+      if (!check_fenced(start, map.box_bytes(), "TMA store")) return;
       map.for_each_run(operation.coordinates, [&](int offset, int bytes, uint8_t* destination) {
         for (int done = 0; destination != nullptr && done < bytes; ++done) {
           destination[done] = emulator_memory[swizzled(start + offset + done, map.swizzle) - kSharedBase];
@@ -92,6 +95,32 @@ void perform(size_t i) {
       break;
     }
   }
+}
+
+bool check_fenced(uint32_t address, int bytes, const char* what) {
+  for (uint32_t unit = (address - kSharedBase) / 16; unit <= (address - kSharedBase + bytes - 1) / 16; ++unit) {
+    if (cta.unfenced[unit] != 0) {
+      fail("%s reads shared address %u, which thread %d wrote without an async_proxy_fence() since", what,
+           unit * 16 + kSharedBase, cta.unfenced[unit] - 1);
+      return false;
+    }
+  }
+  return true;
+}
+
+void generic_write(int lane, uint32_t address, int bytes) {
+  Thread* thread = thread_of(current->warp, lane);
+  for (uint32_t unit = (address - kSharedBase) / 16; unit <= (address - kSharedBase + bytes - 1) / 16; ++unit) {
+    if (cta.unfenced[unit] != thread->linear + 1) thread->unfenced.push_back(unit);
+    cta.unfenced[unit] = uint16_t(thread->linear + 1);
+  }
+}
+
+void async_proxy_fence() {
+  for (const uint32_t unit : current->unfenced) {
+    if (cta.unfenced[unit] == current->linear + 1) cta.unfenced[unit] = 0;
+  }
+  current->unfenced.clear();
 }
 
 // ---- TMA
@@ -136,6 +165,7 @@ void async_copy(uint32_t destination, const void* source, int bytes, int valid) 
   if (valid < 0 || valid > bytes) return fail("cp.async: %d of %d bytes", valid, bytes);
   if (valid > 0 && reinterpret_cast<uintptr_t>(source) % bytes != 0)
     return fail("cp.async: misaligned source %p", source);
+  generic_write(current->lane, destination, bytes);
   const Copy copy = {destination, source, bytes, valid};
   if (chance(4)) return perform_copy(copy);  // as early as can be
   current->copies.push_back(copy);

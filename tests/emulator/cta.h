@@ -34,6 +34,7 @@ struct Thread {
   uint64_t detail[2];
   std::vector<Copy> copies;                   // not committed
   std::deque<std::vector<Copy>> copy_groups;  // committed
+  std::vector<uint32_t> unfenced;             // 16-byte units that it wrote since its last fence of the proxies
 };
 
 struct Random {
@@ -63,37 +64,40 @@ struct Meeting {
   void* operands[32];
 };
 
-struct GroupMeeting {
-  const char* what = nullptr;
-  int arrived = 0;
-  void* operands[128];
-};
-
 struct NamedBarrier {
   int threads = 0, arrived = 0;
   std::vector<Thread*> waiting;
 };
 
+// A warp's share of wgmma: 16 of the 64 rows.
 struct Accumulators {
-  float* registers[128];
+  float* registers[32];
   int columns;
-  std::vector<float> tile;  // 64 x columns
+  std::vector<float> tile;  // 16 x columns
   int in_flight;
 };
 
 struct WgmmaOperation {
   std::shared_ptr<Accumulators> accumulators;
-  std::vector<uint16_t> a;  // 64 x 16 from registers, or empty
+  std::vector<uint16_t> a;  // 16 x 16 from registers, or empty
   uint64_t a_descriptor, b_descriptor;
+  int row;  // of the warpgroup's 64, the first
   bool half, accumulate, done;
 };
 
-struct Warpgroup {
-  GroupMeeting meeting;
+struct WarpProducts {
   std::vector<WgmmaOperation> open;
   std::deque<std::vector<WgmmaOperation>> groups;
   std::vector<std::shared_ptr<Accumulators>> accumulators;
-  uint32_t fenced[4];  // bits: lanes of the warps
+  uint32_t fenced = 0;  // lanes
+  size_t issued = 0;
+};
+
+// What the four warps of a warpgroup must agree on.
+struct WgmmaIssue {
+  uint64_t a_descriptor, b_descriptor;
+  int columns;
+  bool accumulate;
 };
 
 struct Cta {
@@ -102,23 +106,25 @@ struct Cta {
   uint32_t ready[32];  // lanes
   uint32_t ready_warps;
   std::vector<Meeting> meetings[32];
-  Warpgroup warpgroups[8];
+  WarpProducts products[32];
+  std::vector<WgmmaIssue> issues[8];  // of each warpgroup, by its first warp to come there
   NamedBarrier named[16];
   std::map<uint64_t*, std::vector<Thread*>> barrier_waiters;
   std::vector<AsyncOperation> operations;
   bool failed = false;
+  // Of each 16-byte unit, the thread that wrote it through the generic proxy without a fence since, plus one.
+  uint16_t unfenced[kMostSharedBytes / 16] = {};
 };
 
 extern Random randomness;
 extern Cta cta;
-
-inline Warpgroup& warpgroup_of(const Thread* thread) { return cta.warpgroups[thread->warp / 4]; }
 
 // ---- threads (engine.cc)
 
 // The thread that runs stops until it is woken by another's wake().
 void wait(const char* what, Where where, uint64_t detail0 = 0, uint64_t detail1 = 0);
 void wake(Thread* thread);
+Thread* thread_of(int warp, int lane);
 // Lets others run; the thread stays ready.
 void suspend();
 
@@ -154,5 +160,8 @@ void finish_phase_if_complete(uint64_t* barrier, BarrierState& state);
 
 void perform(size_t operation);  // of Cta::operations, and removes it
 void perform(WgmmaOperation& operation);
+
+// Fails if a thread wrote to these bytes without a fence since.
+bool check_fenced(uint32_t address, int bytes, const char* what);
 
 }  // namespace emulator

@@ -74,6 +74,11 @@ uint32_t shared_address(const void* pointer);
 // The bytes at a shared address, checked.
 uint8_t* shared_bytes(uint32_t address, int bytes, int alignment, const char* what);
 
+// Notes that a lane of the current warp has written through the generic proxy. TMA stores and wgmma must not read the
+// bytes before that lane's async_proxy_fence().
+void generic_write(int lane, uint32_t address, int bytes);
+void async_proxy_fence();
+
 int lane();
 bool chance(int one_in);
 // A point where other threads may overtake this one.
@@ -82,8 +87,6 @@ void interruption();
 // Waits for the lanes of `mask`; the last to come calls combine(operands of the lanes, null for those outside).
 void meet_lanes(const char* what, uint32_t mask, void* operand, void (*combine)(void** operands, uint32_t mask),
                 Where where);
-// The same for the 128 threads of a warpgroup.
-void meet_warpgroup(const char* what, void* operand, void (*combine)(void** operands), Where where);
 
 void barrier_init(uint64_t* barrier, int arrivals);
 void barrier_arrive(uint64_t* barrier, int bytes);  // `bytes` are expected first

@@ -80,8 +80,9 @@ bool perform_something() {
 }
 
 void perform_some_wgmma() {
-  for (Warpgroup& warpgroup : cta.warpgroups) {
-    for (auto& group : warpgroup.groups) {
+  for (WarpProducts& products : cta.products) {
+    if (randomness.below(2)) continue;
+    for (auto& group : products.groups) {
       for (WgmmaOperation& operation : group) perform(operation);
     }
   }
@@ -169,9 +170,10 @@ void check_after_cta() {
       return fail("the CTA ended before a TMA store had read shared memory (or it was never committed)");
     }
   }
-  for (const Warpgroup& warpgroup : cta.warpgroups) {
-    if (!warpgroup.open.empty() || !warpgroup.groups.empty())
-      return fail("the CTA ended before a wgmma was waited for");
+  for (int warp = 0; warp < cta.warps; ++warp) {
+    const WarpProducts& products = cta.products[warp];
+    if (!products.open.empty() || !products.groups.empty()) return fail("the CTA ended before a wgmma was waited for");
+    if (products.issued != cta.issues[warp / 4].size()) return fail("warp %d took no part in a wgmma", warp);
   }
   for (size_t i = cta.shared_bytes; i < sizeof(emulator_memory); ++i) {
     if (emulator_memory[i] != kCanary) {
@@ -185,7 +187,6 @@ void run_cta(int threads, size_t shared_bytes) {
   cta.threads = cta.live = threads;
   cta.warps = (threads + 31) / 32;
   cta.shared_bytes = shared_bytes;
-  for (Warpgroup& warpgroup : cta.warpgroups) std::memset(warpgroup.fenced, 0, sizeof(warpgroup.fenced));
   std::memset(cta.ready, 0, sizeof(cta.ready));
   cta.ready_warps = 0;
   std::memset(emulator_memory, 0xFF, shared_bytes);  // not a number, in every floating-point type
@@ -203,6 +204,7 @@ void run_cta(int threads, size_t shared_bytes) {
     thread.where = {"", 0};
     thread.copies.clear();
     thread.copy_groups.clear();
+    thread.unfenced.clear();
     thread.fiber.prepare(run_thread);
     wake(&thread);
   }
@@ -232,6 +234,8 @@ const Settings& settings() { return the_settings; }
 const std::string& error() { return the_error; }
 
 void suspend() { current->fiber.suspend(); }
+
+Thread* thread_of(int warp, int lane) { return pool[32 * warp + lane].get(); }
 
 void wake(Thread* thread) {
   cta.ready[thread->warp] |= 1u << thread->lane;
@@ -325,28 +329,6 @@ void meet_lanes(const char* what, uint32_t mask, void* operand, void (*combine)(
     wake(pool[32 * self->warp + __builtin_ctz(rest)].get());
   }
   self->where = where;
-  interruption();
-}
-
-void meet_warpgroup(const char* what, void* operand, void (*combine)(void**), Where where) {
-  Thread* self = current;
-  GroupMeeting& meeting = warpgroup_of(self).meeting;
-  if (meeting.arrived == 0) meeting.what = what;
-  if (std::strcmp(meeting.what, what) != 0) {
-    return fail("warpgroup %d diverges: some threads are at %s, this one at %s%s", self->warp / 4, meeting.what, what,
-                describe_waits().c_str());
-  }
-  meeting.operands[self->linear % 128] = operand;
-  if (++meeting.arrived < 128) return wait(what, where);
-  meeting.arrived = 0;
-  void* operands[128];
-  std::copy(meeting.operands, meeting.operands + 128, operands);
-  self->where = where;
-  if (combine != nullptr) combine(operands);
-  for (int i = 0; i < 128; ++i) {
-    Thread* thread = pool[self->warp / 4 * 128 + i].get();
-    if (thread != self) wake(thread);
-  }
   interruption();
 }
 

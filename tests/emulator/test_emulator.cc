@@ -31,6 +31,7 @@ enum class Fault {
   kMisaligned,
   kWriteBehind,
   kUnfinished,
+  kNoProxyFence,
 };
 
 using Kernel = void (*)(Fault, float*);
@@ -136,6 +137,35 @@ __global__ void product(Fault fault, float* out) {
   if (fault != Fault::kNoWait) write();
 }
 
+// ---- a TMA store of what stmatrix wrote
+
+__global__ void store_box(Fault fault, float* out) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const int lane = threadIdx.x;
+  CUtensorMap map;  // 16-bit elements: 8 rows of 32
+  const cuuint64_t size[5] = {32, 8, 1, 1, 1}, stride[4] = {64, 512, 512, 512};
+  const cuuint32_t box[5] = {32, 8, 1, 1, 1}, one[5] = {1, 1, 1, 1, 1};
+  cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, out, size, stride, box, one,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  // Matrix m holds elements 8 m .. 8 m + 7 of each row; two elements are a float of the result.
+  uint32_t values[4];
+  for (int m = 0; m < 4; ++m) {
+    const float x = float(lane / 4 * 16 + 4 * m + lane % 4);
+    memcpy(&values[m], &x, 4);
+  }
+  const uint32_t place = lane % 8 * 64 + lane / 8 * 16;
+  ptx::store_matrix_x4(ptx::shared_address(shared_memory) + (place ^ (place >> 3 & 0x30)), values[0], values[1],
+                       values[2], values[3]);
+  if (fault != Fault::kNoProxyFence) ptx::async_proxy_fence();
+  if (fault != Fault::kNoSyncwarp) __syncwarp();
+  if (lane == 0) {
+    ptx::tma_store(&map, ptx::shared_address(shared_memory), 0, 0, 0, 0, 0);
+    ptx::tma_store_commit();
+    if (fault != Fault::kNoWait) ptx::tma_store_wait_read();
+  }
+}
+
 // ---- mma: A and B through ldmatrix, D[m][n] = 8 m + n
 
 __global__ void warp_product(Fault fault, float* out) {
@@ -209,6 +239,10 @@ int main() {
   expect(run(product<__half>, Fault::kNoWait, 128, 256) == "wrong", "reading accumulators in flight is found");
   expect(says(run(product<__half>, Fault::kNoFence, 128, 256), "wgmma_fence"), "a missing wgmma_fence is found");
   expect(says(run(product<__half>, Fault::kUnfinished, 128, 256), "waited"), "a wgmma that nobody awaits is found");
+  expect(run(store_box, Fault::kNone, 32, 128).empty(), "stmatrix and a TMA store");
+  expect(says(run(store_box, Fault::kNoProxyFence, 32, 128), "async_proxy_fence"), "a missing proxy fence is found");
+  expect(!run(store_box, Fault::kNoSyncwarp, 32, 128).empty(), "a store before all lanes have written is found");
+  expect(says(run(store_box, Fault::kNoWait, 32, 128), "TMA store"), "shared memory left before a store is found");
   expect(run(warp_product, Fault::kNone, 32, 128).empty(), "ldmatrix and mma multiply");
   expect(says(run(warp_product, Fault::kDivergence, 32, 128), "diverge"), "diverging lanes are found");
   expect(says(run(warp_product, Fault::kOutOfBounds, 32, 128), "outside of shared memory"), "bounds are checked");

@@ -11,8 +11,8 @@
 
 #include "../gpu/backward_plans.h"
 #include "../gpu/problems.h"
+#include "backward_reference.h"
 #include "emulator.h"
-#include "reference_backward.h"
 
 namespace jax_natten::testing {
 namespace {

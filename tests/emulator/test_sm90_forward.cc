@@ -1,6 +1,6 @@
 // The sm_90 forward kernels against the definition, on the CPU.
 //
-//   test_sm90_forward [N [SEED]]   N random problems under random plans (default 30, 0)
+//   test_sm90_forward [N [SEED]]   N random problems (default 30, 0), two of three under random plans
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -9,6 +9,7 @@
 
 #include "../gpu/plans.h"
 #include "../gpu/problems.h"
+#include "cuda/sm90/choose.h"
 #include "cuda/sm90/forward.h"
 #include "emulator.h"
 #include "reference.h"
@@ -41,11 +42,20 @@ bool check(const Problem& problem, const sm90::Plan& plan, unsigned seed) {
   fill_normal(shape.dtype, query.data(), rows * shape.dim, random);
   fill_normal(shape.dtype, key.data(), keys * shape.dim, random);
   fill_normal(shape.dtype, value.data(), keys * shape.dim, random);
+  const int64_t additional = shape.batch * shape.additional * shape.kv_heads * shape.dim;
+  const int64_t entries = shape.bias_batch * shape.heads * shape.neighborhood.bias_size();
+  emulator::Memory additional_keys(2 * additional), additional_values(2 * additional), bias(4 * entries);
+  fill_normal(shape.dtype, additional_keys.data(), additional, random);
+  fill_normal(shape.dtype, additional_values.data(), additional, random);
+  fill_normal(DType::kFloat32, bias.data(), entries, random);
   FusedForwardParams params = {};
   static_cast<FusedShape&>(params) = shape;
   params.query = query.data();
   params.key = key.data();
   params.value = value.data();
+  params.additional_keys = additional_keys.data();
+  params.additional_values = additional_values.data();
+  params.bias = bias.data();
   params.out = out.data();
   params.lse = lse.data();
   emulator::Settings settings;
@@ -74,8 +84,11 @@ int main(int argc, char** argv) {
   int wrong = 0;
   for (int i = 0; i < count; ++i) {
     std::mt19937 random(seed + unsigned(i));
-    const Problem problem = driver::random_problem(random, i, {150, 18, 8});
-    wrong += !check(problem, driver::random_plan(random, problem.shape), seed + unsigned(i));
+    Problem problem = driver::random_problem(random, i, {150, 18, 8});
+    if (random() % 3 == 0) driver::extend_problem(random, problem);
+    sm90::Plan plan = driver::random_plan(random, problem.shape);
+    if (i % 3 == 2) sm90::choose_plan(problem.shape, sm90::kProcessors, plan);  // the product's own choice
+    wrong += !check(problem, plan, seed + unsigned(i));
   }
   std::printf("%d of %d problems wrong\n", wrong, count);
   return wrong != 0;

@@ -48,6 +48,13 @@ __global__ void fill_normal(T* out, int64_t count, uint64_t seed) {
   }
 }
 
+template <typename T>
+__device__ float dot(const T* a, const T* b, int count) {
+  float sum = 0;
+  for (int c = 0; c < count; ++c) sum += to_float(a[c]) * to_float(b[c]);
+  return sum;
+}
+
 // Every `step`-th pair of a query and a head. One warp per pair: lanes over keys for the scores, over channels for the
 // output.
 template <typename T>
@@ -57,31 +64,38 @@ __global__ void reference_forward(FusedForwardParams p, int64_t step, float* out
   if (pair >= p.batch * p.neighborhood.positions() * p.heads) return;
   const int lane = threadIdx.x % 32, head = pair % p.heads, dim = p.dim;
   int64_t rest = pair / p.heads;
-  int phase[kMaxRank];
+  int phase[kMaxRank], own[kMaxRank];
   Interval keys[kMaxRank];
   for (int a = kMaxRank - 1; a >= 0; --a) {
     const int x = rest % axes[a].length;
     rest /= axes[a].length;
     phase[a] = x % axes[a].dilation;
-    keys[a] = window_of_query(axes[a], x / axes[a].dilation, group_length(axes[a], phase[a]));
+    own[a] = x / axes[a].dilation;
+    keys[a] = window_of_query(axes[a], own[a], group_length(axes[a], phase[a]));
   }
   const int n1 = keys[1].end - keys[1].begin, n2 = keys[2].end - keys[2].begin;
-  const int64_t count = int64_t(keys[0].end - keys[0].begin) * n1 * n2;
+  const int64_t window = int64_t(keys[0].end - keys[0].begin) * n1 * n2, count = window + p.additional;
   const T* query = static_cast<const T*>(p.query) + pair * dim;
   float maximum = -INFINITY, sum = 0, accumulator[8] = {};
   for (int64_t base = 0; base < count; base += 32) {
     const int64_t n = base + lane;
     float score = -INFINITY;
     int64_t offset = 0;
-    if (n < count) {
+    if (n < window) {
       const int in_group[kMaxRank] = {int(keys[0].begin + n / (n1 * n2)), int(keys[1].begin + n / n2 % n1),
                                       int(keys[2].begin + n % n2)};
       offset = rest;
-      for (int a = 0; a < kMaxRank; ++a) offset = offset * axes[a].length + in_group[a] * axes[a].dilation + phase[a];
+      int64_t entry = p.has_bias() ? rest / (p.batch / p.bias_batch) * p.heads + head : 0;
+      for (int a = 0; a < kMaxRank; ++a) {
+        offset = offset * axes[a].length + in_group[a] * axes[a].dilation + phase[a];
+        entry = entry * (2 * axes[a].window - 1) + in_group[a] - own[a] + axes[a].window - 1;
+      }
       offset = (offset * p.kv_heads + head / p.group()) * dim;
-      float dot = 0;
-      for (int c = 0; c < dim; ++c) dot += to_float(query[c]) * to_float(static_cast<const T*>(p.key)[offset + c]);
-      score = dot * float(p.scale);
+      score = dot(query, static_cast<const T*>(p.key) + offset, dim) * float(p.scale);
+      if (p.has_bias()) score += static_cast<const float*>(p.bias)[entry];
+    } else if (n < count) {
+      offset = ((rest * p.additional + n - window) * p.kv_heads + head / p.group()) * dim;
+      score = dot(query, static_cast<const T*>(p.additional_keys) + offset, dim) * float(p.scale);
     }
     float raised = fmaxf(maximum, score);
     for (int w = 16; w; w /= 2) raised = fmaxf(raised, __shfl_xor_sync(~0u, raised, w));
@@ -94,8 +108,9 @@ __global__ void reference_forward(FusedForwardParams p, int64_t step, float* out
     for (int j = 0; j < 32 && base + j < count; ++j) {
       const float w = __shfl_sync(~0u, weight, j);
       const int64_t at = __shfl_sync(~0u, offset, j);
+      const auto* values = static_cast<const T*>(base + j < window ? p.value : p.additional_values);
       for (int i = 0; i < 8; ++i) {
-        if (lane + 32 * i < dim) accumulator[i] += w * to_float(static_cast<const T*>(p.value)[at + lane + 32 * i]);
+        if (lane + 32 * i < dim) accumulator[i] += w * to_float(values[at + lane + 32 * i]);
       }
     }
   }

@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/sm90/forward.h"
-#include "../../cuda/sm90/wide_launch.h"
+#include "../../cuda/sm90/plan.h"
 
 namespace jax_natten::driver {
 

@@ -130,6 +130,15 @@ inline Problem random_problem(std::mt19937& random, int index, const std::vector
   return problem;
 }
 
+// Adds additional keys, or a relative position bias, or both.
+inline void extend_problem(std::mt19937& random, Problem& problem) {
+  FusedShape& shape = problem.shape;
+  bool causal = false;
+  for (const Axis& axis : shape.neighborhood.axes) causal = causal || axis.causal;
+  if (!causal && random() % 3 != 0) shape.bias_batch = random() % 2 ? shape.batch : 1;
+  if (!shape.has_bias() || random() % 2) shape.additional = 1 + random() % (random() % 2 ? 8 : 200);
+}
+
 inline std::string describe(const FusedShape& shape) {
   std::string text = "B" + std::to_string(shape.batch) + " H" + std::to_string(shape.heads) + "/" +
                      std::to_string(shape.kv_heads) + " D" + std::to_string(shape.dim) +
@@ -139,6 +148,8 @@ inline std::string describe(const FusedShape& shape) {
     text += " [x" + std::to_string(axis.length) + " k" + std::to_string(axis.window) + " s" +
             std::to_string(axis.stride) + " d" + std::to_string(axis.dilation) + (axis.causal ? " causal]" : "]");
   }
+  if (shape.additional > 0) text += " additional " + std::to_string(shape.additional);
+  if (shape.has_bias()) text += " bias " + std::to_string(shape.bias_batch);
   return text + " scale " + std::to_string(shape.scale);
 }
 

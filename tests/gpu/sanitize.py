@@ -1,10 +1,13 @@
-"""Runs every direct CUDA kernel once on ragged problems: a short program for ``compute-sanitizer``.
+"""Runs CUDA kernels once each on ragged problems: a short program for ``compute-sanitizer``.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [naive] [sm90]
+
+Without names the direct kernels run, and on a Hopper GPU its own as well.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -20,6 +23,9 @@ import jax
 from checks import Case, draw, expected_unfused, jitted_fused, jitted_unfused
 from problems import problem
 
+import jax_natten
+from jax_natten import Tiles
+
 CASES = (
     Case(problem("1d", 2, 4, 2, 9, [23], [5], [2], [3]), "float16", value_dim=7, additional=3, bias=True),
     Case(problem("2d", 1, 2, 1, 64, [9, 11], [4, 3], [3, 1], [2, 3]), "bfloat16", additional=2, bias=True),
@@ -29,7 +35,44 @@ CASES = (
 )
 
 
+# Each structure in each rank; ragged dilation groups, padded head dims, padded key tiles, fewer key heads.
+HOPPER_CASES = (
+    (problem("wide_1d", 2, 4, 2, 128, [301], [77], [3], [2], [True]), Tiles("wide", (128,), (64,), (128,))),
+    (problem("wide_2d", 1, 2, 1, 40, [37, 41], [13, 11], [1, 4], [2, 1]), Tiles("wide", (8, 16), (8, 8), (8, 15))),
+    (
+        problem("wide_3d", 1, 2, 2, 256, [9, 11, 13], [5, 4, 7], [1, 2, 1]),
+        Tiles("wide", (4, 4, 8), (4, 4, 4), (4, 4, 4)),
+    ),
+    (problem("warp_1d", 2, 2, 2, 64, [301], [27], [1], [2]), Tiles("warp", (64,), (16,), (48,), 1, 2, 3)),
+    (problem("warp_2d", 1, 4, 4, 32, [29, 31], [7, 7], [1, 1], [2, 3]), Tiles("warp", (8, 8), (4, 4), (14, 11), 2)),
+    (
+        problem("warp_3d", 1, 2, 1, 24, [7, 12, 13], [3, 5, 4], [1, 2, 1]),
+        Tiles("warp", (2, 4, 8), (2, 2, 4), (1, 8, 12)),
+    ),
+)
+
+
 def main() -> None:
+    names = sys.argv[1:] or ["naive", *(["sm90"] if jax.devices()[0].compute_capability == "9.0" else [])]
+    if "naive" in names:
+        run_naive()
+    if "sm90" in names:
+        run_sm90()
+
+
+def run_sm90() -> None:
+    for shape, tiles in HOPPER_CASES:
+        for case in (Case(shape, "bfloat16"), Case(shape, "float16", scale=-0.5)):
+            operands, _ = draw(case)
+            attend = functools.partial(
+                jax_natten.neighborhood_attention, **shape.window, scale=case.scale, implementation="sm90"
+            )
+            for asked in (tiles, None):
+                jax.block_until_ready(jax.jit(functools.partial(attend, tiles=asked))(**operands))
+            print(case.name, flush=True)
+
+
+def run_naive() -> None:
     for case in CASES:
         operands, cotangents = draw(case)
         jax.block_until_ready(jitted_fused(case, "naive")(operands, cotangents))

@@ -2,7 +2,7 @@
 //
 //   sm90_driver --probe                    hardware behaviour that the kernels rely on
 //   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones, with random tile shapes
-//   sm90_driver --bench [NAME..]           the benchmark table
+//   sm90_driver --bench [NAME..]           the benchmark table: known plans, and beside them the chooser's first three
 //   sm90_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
 // PLAN: see plans.h
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../cuda/sm90/choose.h"
 #include "../../cuda/sm90/forward.h"
 #include "device_reference.cuh"
 #include "plans.h"
@@ -47,12 +48,19 @@ class Arrays {
     params.value = allocate(2 * key_count);
     params.out = allocate(2 * query_count + kGuard);
     params.lse = allocate(4 * rows + kGuard);
-    params.additional_keys = params.additional_values = params.bias = nullptr;
+    const int64_t additional = shape.batch * shape.additional * shape.kv_heads * shape.dim;
+    const int64_t entries = shape.bias_batch * shape.heads * shape.neighborhood.bias_size();
+    params.additional_keys = allocate(2 * additional);
+    params.additional_values = allocate(2 * additional);
+    params.bias = allocate(4 * entries);
+    fill_normal<<<1024, 256>>>((float*)params.bias, entries, 6);
     with_type(shape.dtype, [&](auto t) {
       using T = decltype(t);
       fill_normal<<<1024, 256>>>((T*)params.query, query_count, 1);
       fill_normal<<<1024, 256>>>((T*)params.key, key_count, 2);
       fill_normal<<<1024, 256>>>((T*)params.value, key_count, 3);
+      fill_normal<<<1024, 256>>>((T*)params.additional_keys, additional, 4);
+      fill_normal<<<1024, 256>>>((T*)params.additional_values, additional, 5);
     });
     CHECK_CUDA(cudaDeviceSynchronize());
     clear();
@@ -225,7 +233,11 @@ void run_bench(const std::vector<std::string>& names) {
     const auto known = known_plans().find(problem.name);
     if (known == known_plans().end()) continue;
     Arrays arrays(problem.shape);
-    bench(arrays, problem.name, {parse_plan(known->second)});
+    std::vector<Plan> plans = {parse_plan(known->second)};
+    for (const sm90::Candidate& chosen : sm90::rank_plans(problem.shape, sm90::kProcessors, 3)) {
+      if (to_string(chosen.plan) != to_string(plans[0])) plans.push_back(chosen.plan);
+    }
+    bench(arrays, problem.name, plans);
   }
 }
 
@@ -265,7 +277,9 @@ int run_correctness(int count, unsigned seed) {
     }
   }
   for (int i = 0; i < count; ++i) {
-    check(random_problem(random, i));
+    Problem problem = random_problem(random, i);
+    if (random() % 3 == 0) extend_problem(random, problem);
+    check(problem);
   }
   std::printf("%d of %d problems wrong\n", wrong, total);
   return wrong != 0;

@@ -104,4 +104,25 @@ inline void mma_from_zero(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_
   emulated::mma<T>(d, a, b0, b1);
 }
 
+inline uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const bool finite = (bits & 0x7F800000) != 0x7F800000;
+  return finite ? (bits + 0x1000) & ~uint32_t(0x1FFF) : bits;
+}
+
+inline void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::MmaOperand operand = {d, a, {b0, b1}};
+  emulator::meet_lanes(
+      "mma", ~0u, &operand,
+      [](void** operands, uint32_t) {
+        // What is not rounded to tf32 must not be multiplied: the hardware ignores the lower bits.
+        emulated::multiply<8>(operands, [](uint32_t bits, float* to, int) {
+          bits &= ~uint32_t(0x1FFF);
+          memcpy(to, &bits, 4);
+        });
+      },
+      emulator::Where::here());
+}
+
 }  // namespace jax_natten::ptx

@@ -60,7 +60,7 @@ inline void tma_store(const CUtensorMap* map, uint32_t source, int c0, int c1, i
 }
 inline void tma_store_commit() { emulator::tma_store_commit(); }
 inline void tma_store_wait_read() { emulator::tma_store_wait_read(); }
-inline void async_proxy_fence() {}
+inline void async_proxy_fence() { emulator::async_proxy_fence(); }
 
 // ---- registers of a warpgroup
 
@@ -85,9 +85,10 @@ inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c
       [](void** operands, uint32_t) {
         for (int matrix = 0; matrix < 4; ++matrix) {
           for (int row = 0; row < 8; ++row) {
-            uint8_t* to =
-                emulator::shared_bytes(static_cast<Operand*>(operands[8 * matrix + row])->address, 16, 16, "stmatrix");
+            const uint32_t address = static_cast<Operand*>(operands[8 * matrix + row])->address;
+            uint8_t* to = emulator::shared_bytes(address, 16, 16, "stmatrix");
             if (to == nullptr) return;
+            emulator::generic_write(8 * matrix + row, address, 16);
             for (int i = 0; i < 4; ++i) {
               memcpy(to + 4 * i, &static_cast<Operand*>(operands[4 * row + i])->values[matrix], 4);
             }
@@ -109,11 +110,36 @@ inline uint4 load_vector(uint32_t address) {
   return v;
 }
 
+inline void store_vector(uint32_t address, uint4 v) {
+  if (uint8_t* to = emulator::shared_bytes(address, 16, 16, "st.shared.v4")) memcpy(to, &v, 16);
+}
+
+inline uint32_t load_word(uint32_t address) {
+  uint32_t word = 0;
+  if (const uint8_t* from = emulator::shared_bytes(address, 4, 4, "ld.shared")) memcpy(&word, from, 4);
+  return word;
+}
+
+inline void store_word(uint32_t address, uint32_t word) {
+  if (uint8_t* to = emulator::shared_bytes(address, 4, 4, "st.shared")) memcpy(to, &word, 4);
+}
+
+inline uint16_t load_short(uint32_t address) {
+  uint16_t element = 0;
+  if (const uint8_t* from = emulator::shared_bytes(address, 2, 2, "ld.shared.u16")) memcpy(&element, from, 2);
+  return element;
+}
+
+inline void store_short(uint32_t address, uint16_t element) {
+  if (uint8_t* to = emulator::shared_bytes(address, 2, 2, "st.shared.u16")) memcpy(to, &element, 2);
+}
+
 // ---- arithmetic
 
 inline float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.f, x) : x; }
 inline float exp2_approximate(float x) { return flush(std::exp2(flush(x))); }
 inline float log2_approximate(float x) { return std::log2(flush(x)); }
+inline void compute_again(uint32_t&) {}
 inline void schedule_after(float x) {
   if (x < 0) __trap();
 }

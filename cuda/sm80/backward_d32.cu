@@ -1,0 +1,9 @@
+#include "backward_instances.cuh"
+
+namespace jax_natten::sm80 {
+
+KernelInstance backward_d32(DType dtype, Precision precision, Pass pass) {
+  return backward_instance<32>(dtype, precision, pass);
+}
+
+}  // namespace jax_natten::sm80

@@ -1,0 +1,9 @@
+#include "backward_instances.cuh"
+
+namespace jax_natten::sm80 {
+
+KernelInstance backward_d64(DType dtype, Precision precision, Pass pass) {
+  return backward_instance<64>(dtype, precision, pass);
+}
+
+}  // namespace jax_natten::sm80

@@ -1,0 +1,16 @@
+// Second stages of the backward's sums over all queries.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../common/params.h"
+
+namespace jax_natten::sm80 {
+
+// d_additional_keys and d_additional_values from their partial sums in the workspace.
+cudaError_t sum_additional(const FusedBackwardParams& problem, cudaStream_t stream);
+
+// d_bias, likewise.
+cudaError_t sum_bias(const FusedBackwardParams& problem, cudaStream_t stream);
+
+}  // namespace jax_natten::sm80

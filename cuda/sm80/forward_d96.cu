@@ -1,0 +1,9 @@
+#include "forward_instances.cuh"
+
+namespace jax_natten::sm80 {
+
+KernelInstance forward_d96(DType dtype, Precision precision, int rows, bool extended) {
+  return forward_instance<96>(dtype, precision, rows, extended);
+}
+
+}  // namespace jax_natten::sm80

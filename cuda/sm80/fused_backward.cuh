@@ -1,0 +1,421 @@
+// Fused neighborhood attention backward on tensor cores, in two passes over the pairs of queries and keys, each without
+// atomics and with sums in a fixed order. One kernel serves both: a tile of rows stays in shared memory, and the tiles
+// of columns that it sees pass by.
+//
+//     query pass: rows are queries, columns keys      key pass: rows are keys, columns queries
+//     scores   = Q K^T                                scores   = K Q^T
+//     d_probs  = dO V^T                               d_probs  = V dO^T
+//     d_scores = p (d_probs - delta), with p = exp(scale scores + bias - lse)
+//     d_query += scale d_scores K                     d_key += scale d_scores Q,  d_value += p dO
+//
+// The query pass also computes delta = rowsum(out * d_out) - d_lse, which the key pass reads. The queries of all heads
+// that share a key head pass by its keys one after the other. Structure and gathering are those of fused_forward.cuh.
+//
+// Additional keys are columns of every query. As rows, they are seen by all queries of the grid, which are cut into
+// chunks: their key pass leaves a partial sum for each chunk.
+#pragma once
+
+#include "../common/ptx.h"
+#include "../common/softmax.h"
+#include "../common/workspace.h"
+#include "backward_params.h"
+#include "backward_shape.h"
+#include "products.cuh"
+#include "rows.cuh"
+#include "tile_tables.cuh"
+
+namespace jax_natten::sm80 {
+
+template <class Numbers_, int kDim_, Pass kPass>
+struct BackwardTraits {
+  using Numbers = Numbers_;
+  using T = typename Numbers::Element;
+  static constexpr int kDim = kDim_;
+  static constexpr Walk kWalk = walk_of(kPass);
+  static constexpr bool kKeyPass = kPass == Pass::kKeys;
+  static constexpr BackwardShape kShape = backward_shape(sizeof(T), kDim, kPass);
+  static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = 32 * kShape.warps();
+  using RowTile = SharedTile<kRows, kDim* int(sizeof(T))>;
+  using ColumnTile = SharedTile<kColumns, kDim* int(sizeof(T))>;
+
+  // Of each kind of rows there are two: what scores come from, and what d_probs come from.
+  struct Stage {
+    alignas(128) uint8_t score_side[ColumnTile::kBytes];  // keys, or queries
+    alignas(128) uint8_t prob_side[ColumnTile::kBytes];   // values, or d_out
+    float lse[kKeyPass ? kColumns : 1], delta[kKeyPass ? kColumns : 1];
+  };
+  struct Shared {
+    alignas(128) uint8_t score_side[RowTile::kBytes];  // queries, or keys; later their gradients
+    alignas(128) uint8_t prob_side[RowTile::kBytes];   // d_out, or values; later the gradients of values
+    Stage stage[kShape.stages];
+    TileTables<kRows, kColumns, kWalk, true, kRows / 16> tables;
+  };
+  static_assert(sizeof(Shared) <= kSharedBytesOfAnyDevice, "must fit into the shared memory of every device");
+};
+
+template <class Traits>
+struct FusedBackward {
+  using Numbers = typename Traits::Numbers;
+  using T = typename Traits::T;
+  using Shared = typename Traits::Shared;
+  using Stage = typename Traits::Stage;
+  using RowTile = typename Traits::RowTile;
+  using ColumnTile = typename Traits::ColumnTile;
+  static constexpr int kDim = Traits::kDim, kRows = Traits::kRows, kColumns = Traits::kColumns;
+  static constexpr int kThreads = Traits::kThreads, kSplits = Traits::kShape.splits;
+  static constexpr bool kKeyPass = Traits::kKeyPass;
+  static constexpr int kSums = kDim / kSplits / 2;  // that a thread holds of 16 rows
+  static constexpr int kSplitBytes = kDim / kSplits * int(sizeof(T));
+  static_assert(kSplits == 1 || kSplitBytes % ColumnTile::kPanelBytes == 0, "splits are made of panels");
+  using Sums = float[1][kSums];
+  using Scores = float[1][kColumns / 2];
+
+  const BackwardParams& params;
+  Shared& smem;
+  const int warp, lane;
+
+  const QueryTile& tile;  // of an additional key pass: head and batch only
+  int chunk, first;       // of an additional key pass: the chunk, and the first additional key of the tile
+
+  __device__ FusedBackward(const BackwardParams& params, Shared& smem)
+      : params(params), smem(smem), warp(threadIdx.x / 32), lane(threadIdx.x % 32), tile(smem.tables.tile) {}
+
+  __device__ void run() {
+    if (rows_are_additional()) {
+      decode_additional_tile();
+    } else if (!smem.tables.template fill<kThreads>(params, blockIdx.x)) {
+      return;
+    }
+    __syncthreads();
+    copy_staying_rows();
+    Columns next = first_columns();
+    copy_columns(next, smem.stage[0]);
+    ptx::copy_async_commit();
+
+    float row_lse[2], row_delta[2];
+    if (!kKeyPass) find_delta(row_lse, row_delta);
+    Sums d_score_side, d_prob_side;
+#pragma unroll
+    for (int e = 0; e < kSums; ++e) d_score_side[0][e] = d_prob_side[0][e] = 0;
+
+    bool more = true;
+    for (int stage = 0; more;) {
+      // The present tile has arrived, and all warps are done with the one before.
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      const Columns present = next;
+      more = advance(next);
+      const Stage& columns = smem.stage[stage];
+      if (Traits::kShape.stages == 2) {
+        stage ^= 1;
+        if (more) copy_columns(next, smem.stage[stage]);
+        ptx::copy_async_commit();
+      }
+      compute(present, columns, row_lse, row_delta, d_score_side, d_prob_side);
+      if (Traits::kShape.stages == 1) {
+        __syncthreads();
+        if (more) copy_columns(next, smem.stage[0]);
+        ptx::copy_async_commit();
+      }
+    }
+    if (rows_are_additional()) {
+      write_partials(d_score_side, d_prob_side);
+    } else {
+      write(d_score_side, d_prob_side);
+    }
+  }
+
+ protected:
+  __device__ __forceinline__ bool rows_are_additional() const { return kKeyPass && params.partials != nullptr; }
+  __device__ __forceinline__ int row_of_warp() const { return warp / kSplits * 16; }
+  __device__ __forceinline__ int row_of_thread(int i) const { return row_of_warp() + 8 * i + lane / 4; }
+  __device__ __forceinline__ int kv_head() const {
+    return kKeyPass ? tile.head : params.schedule.by_group.quotient(tile.head);
+  }
+  // Of lse and delta.
+  __device__ __forceinline__ int64_t index(int position, int head) const {
+    return (int64_t(tile.batch) * params.positions + position) * params.heads + head;
+  }
+
+  // ---- the rows that stay
+
+  __device__ __forceinline__ void decode_additional_tile() {
+    const int index = int(blockIdx.x) / params.additional_tiles;
+    first = int(blockIdx.x) % params.additional_tiles * kRows;
+    chunk = index / params.kv_heads % params.chunks;
+    if (threadIdx.x == 0) {
+      smem.tables.tile.head = index % params.kv_heads;
+      smem.tables.tile.batch = index / params.kv_heads / params.chunks;
+    }
+  }
+
+  __device__ __forceinline__ int staying_position(int row) const {
+    if (!rows_are_additional()) return smem.tables.row_position[row];
+    return first + row < params.additional ? first + row : -1;
+  }
+
+  __device__ __forceinline__ void copy_staying_rows() {
+    const auto copy = [&](uint8_t* destination, const RowArray& array, int head) {
+      copy_rows<RowTile, kThreads>(ptx::shared_address(destination), array, first_row(array, tile.batch, head),
+                                   [&](int row) { return staying_position(row); });
+    };
+    if (!kKeyPass) {
+      copy(smem.score_side, params.query, tile.head);
+      copy(smem.prob_side, params.d_out, tile.head);
+    } else {
+      const bool additional = rows_are_additional();
+      copy(smem.score_side, additional ? params.additional_key : params.key, tile.head);
+      copy(smem.prob_side, additional ? params.additional_value : params.value, tile.head);
+    }
+  }
+
+  // Writes delta of this thread's rows. Their lse is counted in powers of two. Rows outside the grid have zeros.
+  __device__ __forceinline__ void find_delta(float (&row_lse)[2], float (&row_delta)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int position = smem.tables.row_position[row_of_thread(i)];
+      row_lse[i] = row_delta[i] = 0;
+      float sum = 0;
+      if (position >= 0) {
+        const int64_t at = index(position, tile.head);
+        sum =
+            quarter_of_product(first_row(params.out, tile.batch, tile.head) + position * params.out.position_step,
+                               first_row(params.d_out, tile.batch, tile.head) + position * params.d_out.position_step);
+        row_lse[i] = params.lse[at] * kLog2E;
+        row_delta[i] = params.d_lse[at];
+      }
+      row_delta[i] = quad_sum(sum) - row_delta[i];
+      if (position >= 0 && lane % 4 == 0 && warp % kSplits == 0) {
+        params.delta[index(position, tile.head)] = row_delta[i];
+      }
+    }
+  }
+
+  // This lane's quarter of the inner product of two rows in memory.
+  __device__ __forceinline__ float quarter_of_product(const char* x, const char* y) const {
+    constexpr int kChunk = 16 / sizeof(T);
+    float sum = 0;
+    if (params.out.copy_bytes == 16 && params.d_out.copy_bytes == 16) {
+      for (int c = lane % 4 * 16; c < params.out.bytes; c += 64) {
+        const uint4 u = *reinterpret_cast<const uint4*>(x + c), v = *reinterpret_cast<const uint4*>(y + c);
+        T a[kChunk], b[kChunk];
+        memcpy(a, &u, 16);
+        memcpy(b, &v, 16);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) sum += float(a[e]) * float(b[e]);
+      }
+    } else {
+      for (int c = lane % 4; c < params.value_dim; c += 4) {
+        sum += float(reinterpret_cast<const T*>(x)[c]) * float(reinterpret_cast<const T*>(y)[c]);
+      }
+    }
+    return sum;
+  }
+
+  // ---- the columns that pass by
+
+  // A tile of the window box, of the additional keys (query pass), or of a chunk of all queries (key pass of additional
+  // keys).
+  struct Columns {
+    KeyTileCursor<kMaxRank> cursor;
+    int linear;  // first column of a tile outside the window box; negative: in it
+    int head;    // key pass: of the queries
+
+    __device__ __forceinline__ bool in_window() const { return linear < 0; }
+  };
+
+  __device__ __forceinline__ Columns first_columns() const {
+    Columns columns;
+    columns.linear = rows_are_additional() ? int(chunk_begin(params.positions, chunk)) : -1;
+    columns.head = kKeyPass ? tile.head * params.schedule.by_group.divisor : 0;
+    return columns;
+  }
+
+  // Past the last column of the tiles outside the window box.
+  __device__ __forceinline__ int linear_end() const {
+    return kKeyPass ? int(chunk_begin(params.positions, chunk + 1)) : params.additional;
+  }
+
+  // Moves on; false after the last tile.
+  __device__ __forceinline__ bool advance(Columns& columns) const {
+    if (columns.in_window()) {
+      if (columns.cursor.next(params.schedule.axes, tile.extent)) return true;
+      if (!kKeyPass) {
+        columns.linear = 0;
+        return params.additional > 0;
+      }
+    } else {
+      columns.linear += kColumns;
+      if (columns.linear < linear_end()) return true;
+      if (!kKeyPass) return false;
+    }
+    const int head = columns.head + 1;  // the next one that reads these keys
+    columns = first_columns();
+    columns.head = head;
+    return head < (tile.head + 1) * params.schedule.by_group.divisor;
+  }
+
+  // Columns that no row of the tile sees are not read: they are zeros.
+  __device__ __forceinline__ void copy_columns(const Columns& columns, Stage& stage) {
+    if (columns.in_window()) {
+      copy_columns_at(columns, stage, smem.tables.positions(params, columns.cursor.begin));
+    } else {
+      copy_columns_at(columns, stage, [begin = columns.linear, end = linear_end()](int column) {
+        return begin + column < end ? begin + column : -1;
+      });
+    }
+  }
+
+  template <typename PositionOfColumn>
+  __device__ __forceinline__ void copy_columns_at(const Columns& columns, Stage& stage, PositionOfColumn position_of) {
+    const auto copy = [&](uint8_t* destination, const RowArray& array, int head) {
+      copy_rows<ColumnTile, kThreads>(ptx::shared_address(destination), array, first_row(array, tile.batch, head),
+                                      position_of);
+    };
+    if (!kKeyPass) {
+      const bool window = columns.in_window();
+      copy(stage.score_side, window ? params.key : params.additional_key, kv_head());
+      copy(stage.prob_side, window ? params.value : params.additional_value, kv_head());
+    } else {
+      copy(stage.score_side, params.query, columns.head);
+      copy(stage.prob_side, params.d_out, columns.head);
+      for (int n = threadIdx.x; n < 2 * kColumns; n += kThreads) {
+        const int column = n % kColumns, position = position_of(column);
+        const int64_t at = index(imax(position, 0), columns.head);
+        float* destination = n < kColumns ? &stage.lse[column] : &stage.delta[column];
+        ptx::copy_async<4>(ptx::shared_address(destination), (n < kColumns ? params.lse : params.delta) + at,
+                           position >= 0);
+      }
+    }
+  }
+
+  // ---- one tile of columns
+
+  __device__ __forceinline__ TileClass classify(const Columns& columns) const {
+    const auto& part = smem.tables.parts[warp / kSplits];
+    if (columns.in_window()) return part.classify(params.schedule.axes, columns.cursor.begin, params.padded);
+    if (!kKeyPass && !part.live) return TileClass::kSkip;
+    return columns.linear + kColumns <= linear_end() ? TileClass::kWhole : TileClass::kMasked;
+  }
+
+  __device__ __forceinline__ uint32_t word(const Columns& columns, int row) const {
+    if (!columns.in_window()) return first_columns_word(linear_end() - columns.linear, lane % 4);
+    return smem.tables.word(params, columns.cursor.begin, row, lane % 4);
+  }
+
+  __device__ __forceinline__ void compute(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
+                                          const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
+    Scores probs, d_scores;
+    if (!find_d_scores(columns, stage, row_lse, row_delta, probs, d_scores)) return;
+    if (kKeyPass) add(d_prob_side, probs, stage.prob_side);
+    add(d_score_side, d_scores, stage.score_side);
+  }
+
+  // False if the warp's rows see none of the columns.
+  __device__ __forceinline__ bool find_d_scores(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
+                                                const float (&row_delta)[2], Scores& probs, Scores& d_scores) {
+    const TileClass tile_class = classify(columns);
+    if (tile_class == TileClass::kSkip) return false;
+
+    multiply(smem.score_side, stage.score_side, probs);
+    multiply(smem.prob_side, stage.prob_side, d_scores);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of_thread(i);
+      const uint32_t seen = tile_class == TileClass::kMasked ? word(columns, row) : ~uint32_t(0);
+      const bool has_bias = params.bias != nullptr && columns.in_window();
+      const float* bias = nullptr;
+      if (has_bias) {
+        bias = bias_table(params, tile.batch, kKeyPass ? columns.head : tile.head) +
+               smem.tables.bias_entry(params, columns.cursor.begin, row);
+      }
+#pragma unroll
+      for (int bit = 0; bit < kColumns / 4; ++bit) {
+        const int e = bit / 2 * 4 + 2 * i + bit % 2, column = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+        float offset = kKeyPass ? stage.lse[column] * -kLog2E : -row_lse[i];
+        if (has_bias && (seen >> bit & 1)) {
+          const int entry = smem.tables.column_bias[column];
+          offset = fmaf(__ldg(bias + (kKeyPass ? -entry : entry)), kLog2E, offset);
+        }
+        const float p = ptx::exp2_approximate(fmaf(probs[0][e], params.scale, offset));
+        probs[0][e] = seen >> bit & 1 ? p : 0.f;
+        const float delta = kKeyPass ? stage.delta[column] : row_delta[i];
+        d_scores[0][e] = seen >> bit & 1 ? p * (d_scores[0][e] - delta) : 0.f;
+      }
+    }
+    return true;
+  }
+
+  // products = rows columns^T
+  __device__ __forceinline__ void multiply(const uint8_t (&rows)[RowTile::kBytes],
+                                           const uint8_t (&columns)[ColumnTile::kBytes], Scores& products) {
+#pragma unroll
+    for (int e = 0; e < kColumns / 2; ++e) products[0][e] = 0;
+    const uint32_t left = left_address<RowTile>(ptx::shared_address(rows), row_of_warp(), lane);
+    add_row_products<Numbers, ColumnTile>(
+        products, right_address<ColumnTile>(ptx::shared_address(columns), lane),
+        [&](int, int k, Fragment& a) { ptx::load_matrix_x4(a, RowTile::moved(left, 0, k)); });
+  }
+
+  // sums += weights columns, for this warp's channels
+  __device__ __forceinline__ void add(Sums& sums, const Scores& weights, const uint8_t (&columns)[ColumnTile::kBytes]) {
+    constexpr int kPanelRows = kSplitBytes / ColumnTile::kPanelBytes * ColumnTile::kRows;
+    const uint32_t tile = ptx::shared_address(columns) + warp % kSplits * kPanelRows * ColumnTile::kPanelBytes;
+    add_weighted_rows<Numbers, ColumnTile>(sums, weights, column_address<Numbers, ColumnTile>(tile, lane));
+  }
+
+  // ---- results
+
+  // Through the places of the rows in shared memory.
+  __device__ __forceinline__ void write(const Sums& d_score_side, const Sums& d_prob_side) {
+    __syncthreads();  // all warps are done with them
+    stage_sums(smem.score_side, d_score_side, params.problem_scale);
+    if (kKeyPass) stage_sums(smem.prob_side, d_prob_side, 1.f);
+    __syncthreads();
+    write_staged(smem.score_side, kKeyPass ? params.d_key : params.d_query);
+    if (kKeyPass) write_staged(smem.prob_side, params.d_value);
+  }
+
+  __device__ __forceinline__ void stage_sums(uint8_t (&rows)[RowTile::kBytes], const Sums& sums, float factor) {
+    constexpr int kPanelRows = kSplitBytes / RowTile::kPanelBytes * RowTile::kRows;
+    const float factors[2] = {factor, factor};
+    store_fragments<Numbers, RowTile>(ptx::shared_address(rows) + warp % kSplits * kPanelRows * RowTile::kPanelBytes,
+                                      row_of_warp(), lane, sums[0], factors);
+  }
+
+  __device__ __forceinline__ void write_staged(const uint8_t (&rows)[RowTile::kBytes], const RowArray& array) {
+    constexpr int kWarpRows = kRows / Traits::kShape.warps();
+    write_rows<RowTile, T, kWarpRows>(ptx::shared_address(rows), array, first_row(array, tile.batch, tile.head),
+                                      kWarpRows * warp, lane, [&](int row) { return smem.tables.row_position[row]; });
+  }
+
+  __device__ __forceinline__ void write_partials(const Sums& d_score_side, const Sums& d_prob_side) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = first + row_of_thread(i);
+      if (key >= params.additional) continue;
+      const int64_t row =
+          ((int64_t(tile.batch) * params.chunks + chunk) * params.additional + key) * params.kv_heads + tile.head;
+      float* keys = params.partials + row * (params.dim + params.value_dim);
+      float* values = keys + params.dim;
+#pragma unroll
+      for (int j = 0; j < kSums / 4; ++j) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          const int channel = warp % kSplits * (kDim / kSplits) + 8 * j + lane % 4 * 2 + b, e = 4 * j + 2 * i + b;
+          if (channel < params.dim) keys[channel] = d_score_side[0][e] * params.problem_scale;
+          if (channel < params.value_dim) values[channel] = d_prob_side[0][e];
+        }
+      }
+    }
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    fused_backward_kernel(const __grid_constant__ BackwardParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  FusedBackward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();
+}
+
+}  // namespace jax_natten::sm80

@@ -1,0 +1,21 @@
+#include "unfused_instances.h"
+#include "unfused_pn.cuh"
+
+namespace jax_natten::sm80 {
+namespace {
+
+template <class Numbers>
+UnfusedKernel of_dim(int dim) {
+  return dim == 32    ? unfused_pn<Numbers, 4>
+         : dim == 64  ? unfused_pn<Numbers, 8>
+         : dim == 128 ? unfused_pn<Numbers, 16>
+                      : unfused_pn<Numbers, 32>;
+}
+
+}  // namespace
+
+UnfusedKernel pn_float(Precision precision, int dim) {
+  return precision == Precision::kTf32 ? of_dim<Tf32Numbers>(dim) : of_dim<SplitTf32Numbers>(dim);
+}
+
+}  // namespace jax_natten::sm80

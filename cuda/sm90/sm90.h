@@ -1,0 +1,20 @@
+// The Hopper kernels as the custom-call handlers see them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../common/params.h"
+
+namespace jax_natten::sm90 {
+
+// Compiled for 90a, the code runs on compute capability 9.0 and on nothing newer.
+inline bool runs_on(int compute_capability) { return compute_capability == 90; }
+
+// Why the kernels do not take a call, in words that follow the name of the implementation; nullptr if they do.
+const char* why_not_forward(const FusedForwardParams& params);
+
+// Computes with the tiles that the caller asks for, else with those that the cost model prefers. Neither allocates on
+// the device nor synchronises.
+cudaError_t fused_forward(const FusedForwardParams& params, cudaStream_t stream);
+
+}  // namespace jax_natten::sm90

@@ -1,0 +1,210 @@
+"""The commands ``simulate`` and ``profile`` of ``python -m jax_natten``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+import jax_natten
+from jax_natten import dispatch, tiles
+from jax_natten.neighborhood import Neighborhood
+
+CALLS = 20  # in a chain that is timed
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """What describes a fused forward, with sizes per axis written as 256x256."""
+    parser.add_argument("rank", choices=("1d", "2d", "3d"))
+    parser.add_argument("grid", type=_sizes, help="positions per axis, e.g. 256x256")
+    parser.add_argument("-k", "--kernel-size", type=_sizes, required=True, metavar="KxK")
+    parser.add_argument("-s", "--stride", type=_sizes, default=(1,), metavar="SxS")
+    parser.add_argument("-d", "--dilation", type=_sizes, default=(1,), metavar="DxD")
+    parser.add_argument("--causal", type=_flags, default=(False,), metavar="0x1", help="1 for a causal axis, else 0")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--kv-heads", type=int, help="by default as many as --heads")
+    parser.add_argument("--dim", type=int, default=128, help="head dimension")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--tiles",
+        metavar="STRUCTURE:QUERYTILE:QUERYPART:KEYTILE[:HEADS,SLOTS,STAGES]",
+        help="instead of the model's choice, e.g. wide:16x8:8x8:16x8",
+    )
+
+
+def simulate(arguments: argparse.Namespace) -> int:
+    """Prints what the cost model of the Hopper kernels expects."""
+    problem, asked = _problem(arguments)
+    found = tiles.simulate(problem, asked, processors=arguments.processors, count=arguments.count)
+    best = found[0]
+    print(_describe(problem))
+    rows = [("", "tiles", "time", "speed-up", "visited", "useful", "masked", "bound")]
+    for n, each in enumerate(found):
+        rows.append(
+            (
+                "best" if n == 0 and asked is None else "",
+                spell(each.tiles),
+                f"{1e3 * each.seconds:.4g} ms",
+                f"{each.speedup:.2f}x",
+                f"{each.visited / each.query_tiles:.4g}",
+                f"{each.useful_fraction:.1%}",
+                f"{each.masked_fraction:.1%}",
+                each.bound,
+            )
+        )
+    print("\n".join(align(rows)))
+    print(
+        f"\n{best.query_tiles:.6g} query tiles; visited: key tiles per query tile. Dense attention: "
+        f"{1e3 * best.dense_seconds:.4g} ms. {best.pairs:.4g} pairs in windows, "
+        f"{4e-12 * best.pairs * problem.head_dim / best.seconds:.4g} useful TFLOP/s. Counts are exact, "
+        "times those of a model of an H200."
+    )
+    return 0
+
+
+def profile(arguments: argparse.Namespace) -> int:
+    """Runs a problem on the GPU at hand and prints what it reaches."""
+    problem, asked = _problem(arguments)
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    if not gpus:
+        print("profile needs a GPU; jax has none here: " + ", ".join(map(str, jax.devices())), file=sys.stderr)
+        return 1
+    requested = dispatch.parse(arguments.implementation.split(",") if arguments.implementation else None)
+    dispatch.check(problem, requested)
+    dispatch.check_tiles(problem, requested, asked)
+    names = dispatch.candidates(problem, "cuda", requested)
+    capability = str(getattr(gpus[0], "compute_capability", ""))
+    runs = next((name for name in names if name != "sm90" or capability == "9.0"), "none")
+    seconds = _measure(problem, requested, asked)
+    pairs = problem.batch * problem.heads * problem.neighborhood.pairs(problem.grid)
+    rows = [
+        ("device", f"{gpus[0].device_kind}, compute capability {capability}"),
+        ("implementation", f"{runs} (of {', '.join(names)})"),
+        ("time", f"{1e3 * seconds:.4g} ms per call, {CALLS} calls in one jitted function"),
+        ("useful", f"{4e-12 * pairs * problem.head_dim / seconds:.4g} TFLOP/s"),
+    ]
+    if runs == "sm90":
+        (expected,) = tiles.simulate(problem, asked)
+        rows += [
+            ("structure", expected.tiles.structure),
+            ("tiles", spell(expected.tiles)),
+            ("bound", f"{expected.bound}; the model expects {1e3 * expected.seconds:.4g} ms"),
+        ]
+    print(_describe(problem))
+    print("\n".join(align(rows)))
+    return 0
+
+
+def align(rows) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def spell(asked: tiles.Tiles) -> str:
+    """Tiles as the command line takes them."""
+    boxes = ("x".join(map(str, box)) for box in (asked.query_tile, asked.query_part, asked.key_tile))
+    text = ":".join((asked.structure, *boxes))
+    return text if asked.structure == "wide" else f"{text}:{asked.heads},{asked.slots},{asked.stages}"
+
+
+def _measure(problem: dispatch.Problem, requested, asked) -> float:
+    """Seconds of one call in a chain of calls, each fed by the one before."""
+    shapes = [(problem.batch, *problem.grid, heads, problem.head_dim) for heads in (problem.heads, problem.kv_heads)]
+    query, key, value = (jax.random.normal(jax.random.key(n), shapes[min(n, 1)], problem.dtype) for n in range(3))
+    window = problem.neighborhood
+
+    @jax.jit
+    def chain(query, key, value):
+        for _ in range(CALLS):
+            query = jax_natten.neighborhood_attention(
+                query,
+                key,
+                value,
+                window.kernel_size,
+                window.stride,
+                window.dilation,
+                window.is_causal,
+                implementation=requested,
+                tiles=asked,
+            )
+        return query
+
+    times = []
+    for _ in range(6):  # the first one compiles
+        begin = time.perf_counter()
+        jax.block_until_ready(chain(query, key, value))
+        times.append(time.perf_counter() - begin)
+    return min(times[1:]) / CALLS
+
+
+def _problem(arguments: argparse.Namespace) -> tuple[dispatch.Problem, tiles.Tiles | None]:
+    rank = int(arguments.rank[0])
+
+    def along(name: str) -> tuple:
+        values = getattr(arguments, name)
+        if len(values) not in (1, rank):
+            raise ValueError(f"{name} must have one entry or {rank}; got {values}")
+        return values * rank if len(values) == 1 else values
+
+    grid = along("grid")
+    window = Neighborhood.make(along("kernel_size"), along("stride"), along("dilation"), along("causal"))
+    window.check_grid(grid)
+    kv_heads = arguments.heads if arguments.kv_heads is None else arguments.kv_heads
+    if min(arguments.batch, arguments.heads, kv_heads, arguments.dim) < 1 or arguments.heads % kv_heads:
+        raise ValueError("batch, heads, kv-heads and dim must be positive, and kv-heads divide heads")
+    problem = dispatch.Problem(
+        "fused_forward",
+        window,
+        jnp.dtype(arguments.dtype),
+        arguments.heads,
+        kv_heads,
+        arguments.dim,
+        arguments.dim,
+        0,
+        False,
+        arguments.batch,
+        grid,
+    )
+    return problem, None if arguments.tiles is None else parse_tiles(arguments.tiles)
+
+
+def parse_tiles(text: str) -> tiles.Tiles:
+    """The inverse of :func:`spell`."""
+    structure, *parts = text.split(":")
+    if len(parts) not in (3, 4):
+        raise ValueError(f"tiles must be like wide:16x8:8x8:16x8 or warp:28x4:4x4:34x10:1,2,2; got {text!r}")
+    rest = [int(x) for x in parts[3].split(",")] if len(parts) == 4 else []
+    query_tile, query_part, key_tile = map(_sizes, parts[:3])
+    return tiles.Tiles(structure, query_tile, query_part, key_tile, *rest)
+
+
+def _describe(problem: dispatch.Problem) -> str:
+    window = problem.neighborhood
+    axes = ", ".join(
+        f"{length} (window {k}{f', stride {s}' * (s > 1)}{f', dilation {d}' * (d > 1)}{', causal' * c})"
+        for length, k, s, d, c in zip(
+            problem.grid, window.kernel_size, window.stride, window.dilation, window.is_causal
+        )
+    )
+    heads = f"{problem.heads}" + f"/{problem.kv_heads}" * (problem.kv_heads != problem.heads)
+    density = window.pairs(problem.grid) / math.prod(problem.grid) ** 2
+    return (
+        f"{axes}; batch {problem.batch}, heads {heads}, head dim {problem.head_dim}, {jnp.dtype(problem.dtype).name}; "
+        f"{density:.3%} of dense attention"
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split("x"))
+
+
+def _flags(text: str) -> tuple[bool, ...]:
+    if any(x not in ("0", "1") for x in text.split("x")):
+        raise ValueError(text)
+    return tuple(x == "1" for x in text.split("x"))

@@ -1,0 +1,64 @@
+"""The GPU suite, or the part of it that is not too slow, passes where there is no GPU: on the emulator.
+
+The custom-call handlers of ``cuda/ffi`` and their kernels run unmodified; operands and results lie between guard pages,
+so that this is a memory check as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "emulator"
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Of a process that can load the plugin ``emulated``."""
+    missing = [tool for tool in ("g++", "make") if shutil.which(tool) is None]
+    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    directory = ROOT / "tests" / "emulator"
+    make = ["make", "-C", directory, f"-j{os.cpu_count()}", "_emulated", f"PYTHON={sys.executable}"]
+    subprocess.run(make, check=True)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (BUILD, directory, ROOT / "tests")))}
+
+
+def run(environment, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "emulated", "-p", "no:cacheprovider", "-q", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_direct_kernels(environment):
+    dims = "(any_head_dim and not 1000 and not 512 and not 256)"
+    chosen = f"everything_at_once or {dims} or scale_is or nothing or empty or default"
+    run(environment, "tests/gpu/test_naive.py", "-k", chosen)
+
+
+def test_hopper_kernels(environment):
+    """Through JAX and the choice of tiles; test_emulator.py runs them on more problems."""
+    chosen = "tiles_that or two_heads or scale or poison or empty or (every_head_dim and bfloat16 and (64 or 136))"
+    run(environment, "tests/gpu/test_sm90.py", "-k", f"({chosen}) and not two_to_the_31")
+
+
+def test_sm80_kernels(environment):
+    # Of head dims only those whose kernels the module has: compiling all takes minutes.
+    dims = "(every_head_dim and ([8- or [24- or [80- or [96- or [256-))"
+    chosen = f"everything_at_once or {dims} or scale_is or bits or empty or limits"
+    run(environment, "tests/gpu/test_sm80.py", "-k", chosen)
