@@ -28,6 +28,10 @@ def test_the_emulator_finds_faults():
     run("test_emulator")
 
 
+def test_sm90_backward_kernels_compute_the_gradients():
+    run("test_sm90_backward", "12")
+
+
 def test_sm90_forward_kernels_compute_the_definition():
     run("test_sm90_forward", "30")
 

@@ -11,6 +11,12 @@ struct RingPosition {
   uint32_t parity;
 
   __device__ explicit RingPosition(uint32_t parity) : parity(parity) {}
+  // One step before the first place, whose phase there has parity 0.
+  __device__ static RingPosition before_first() {
+    RingPosition position(1);
+    position.index = kSize - 1;
+    return position;
+  }
   __device__ __forceinline__ void advance() {
     if (++index == kSize) {
       index = 0;

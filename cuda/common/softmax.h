@@ -8,13 +8,13 @@
 
 namespace jax_natten {
 
-// Scores that `word` (of key_mask_word) does not name become -inf.
+// Scores that `word` (of key_mask_word) does not name become `masked`.
 template <int kCount>
-__device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_t word) {
+__device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_t word, float masked = -INFINITY) {
 #pragma unroll
   for (int bit = 0; bit < kCount / 2; ++bit) {
     float& score = scores[bit / 2 * 4 + 2 * i + bit % 2];
-    score = (word >> bit) & 1 ? score : -INFINITY;
+    score = (word >> bit) & 1 ? score : masked;
   }
 }
 

@@ -85,7 +85,7 @@ class Search {
   }
 
   void wide() {
-    const WideShape compiled = wide_shape(wide_compiled_dim(shape_.dim));
+    const WideShape compiled = wide_shape(compiled_head_dim(shape_.dim));
     std::vector<int> part_sizes[kMaxRank], key_sizes[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) {
       part_sizes[a] = sizes_along(axes_[a], kWideGroupRows, /*thirds=*/false);
@@ -324,7 +324,7 @@ const char* why_not(const FusedShape& shape) {
 Prediction predict(const FusedShape& shape, const Plan& plan, int processors) {
   const CostModel model(shape, processors);
   if (plan.structure == Structure::kWide) {
-    const bool padded = product(plan.key_tile) < wide_shape(wide_compiled_dim(shape.dim)).keys;
+    const bool padded = product(plan.key_tile) < wide_shape(compiled_head_dim(shape.dim)).keys;
     return model.wide(plan, count_tiles(shape.neighborhood, plan.query_tile, plan.query_part, plan.key_tile, padded));
   }
   int list[kMaxRank];

@@ -75,7 +75,7 @@ CostModel::CostModel(const FusedShape& shape, int processors) : shape(shape), pr
 }
 
 Prediction CostModel::wide(const Plan& plan, const TileCounts& counts) const {
-  const WideShape compiled = wide_shape(wide_compiled_dim(shape.dim));
+  const WideShape compiled = wide_shape(compiled_head_dim(shape.dim));
   const WideCost cost = wide_cost(compiled.dim);
   Prediction p;
   p.tiles = repeated(counts, repeats);

@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <utility>
 
 namespace jax_natten::sm90 {
 namespace {
@@ -21,17 +18,9 @@ uint32_t pair_of(DType dtype, bool minus_one) {
 cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, int channels, bool query_box_is_part,
                            ForwardParams& params) {
   const Neighborhood& neighborhood = problem.neighborhood;
-  params.schedule = make_schedule(problem, plan);
+  set_up_tiles(problem, plan, problem.heads / plan.heads, params);
   params.query_address = slab_address(neighborhood, problem.heads);
   params.key_address = slab_address(neighborhood, problem.kv_heads);
-  int uneven = 0;  // axes with longer and shorter dilation groups
-  for (int a = 0; a < kMaxRank; ++a) {
-    const Axis& axis = neighborhood.axes[a];
-    const int rest = axis.length % axis.dilation;
-    params.long_phases[a] = rest == 0 ? axis.dilation : rest;
-    params.row_step[a] = params.query_address.per_phase[a] * axis.dilation;
-    uneven |= int(rest != 0) << a;
-  }
   params.out = problem.out;
   params.lse = static_cast<float*>(problem.lse);
   params.dim = problem.dim;
@@ -45,7 +34,7 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
   const TensorBox query_box = {channels, plan.heads, {query[0], query[1], query[2]}};
   const TensorBox key_box = {channels, plan.heads, {plan.key_tile[0], plan.key_tile[1], plan.key_tile[2]}};
   for (int variant = 0; variant < kMaxMapVariants; ++variant) {
-    if (variant & ~uneven) continue;  // no tile asks for it
+    if (!variant_exists(neighborhood, variant)) continue;
     TensorMaps& maps = params.maps[variant];
     const auto encode = [&](CUtensorMap& map, const void* data, int heads, const TensorBox& box) {
       return encode_tensor_map(&map, problem, data, heads, box, variant);
@@ -92,22 +81,6 @@ cudaError_t set_up_extension(const FusedForwardParams& problem, const Plan& plan
     params.scale = 1;
   }
   return cudaSuccess;
-}
-
-cudaError_t current_device(int& device, int& processors) {
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-}
-
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
-  return error;
 }
 
 }  // namespace jax_natten::sm90

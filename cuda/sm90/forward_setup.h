@@ -6,6 +6,7 @@
 #include "../common/params.h"
 #include "forward_params.h"
 #include "plan.h"
+#include "tile_setup.h"
 
 namespace jax_natten::sm90 {
 
@@ -18,11 +19,5 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
 // tile. After set_up_forward().
 cudaError_t set_up_extension(const FusedForwardParams& problem, const Plan& plan, int channels, int box,
                              ForwardParams& params);
-
-// The current device: its number and its multiprocessors.
-cudaError_t current_device(int& device, int& processors);
-
-// Lets a kernel have its shared memory, once per kernel, size and device.
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes);
 
 }  // namespace jax_natten::sm90

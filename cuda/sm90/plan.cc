@@ -45,31 +45,37 @@ const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
   return nullptr;
 }
 
-TileSchedule make_schedule(const FusedShape& shape, const Plan& plan) {
+TileSchedule make_schedule(const FusedShape& shape, const Tiles& tiles, int heads) {
   TileSchedule schedule;
   for (int a = 0; a < kMaxRank; ++a) {
-    schedule.axes[a] = TiledAxis(shape.neighborhood.axes[a], plan.query_tile[a], plan.query_part[a], plan.key_tile[a]);
+    schedule.axes[a] =
+        TiledAxis(shape.neighborhood.axes[a], tiles.query_tile[a], tiles.query_part[a], tiles.key_tile[a]);
   }
-  schedule.by_heads = FastDivisor(shape.heads / plan.heads);
+  schedule.by_heads = FastDivisor(heads);
   schedule.by_group = FastDivisor(shape.group());
   schedule.tiles = int(std::min<int64_t>(count_query_tiles(shape, schedule), INT32_MAX));
   return schedule;
 }
 
-const char* why_not_any(const FusedShape& shape) {
+const char* why_not_layout(const FusedShape& shape) {
   if (shape.dtype != DType::kFloat16 && shape.dtype != DType::kBFloat16) return "takes float16 and bfloat16 only";
   if (shape.dim != shape.value_dim) return "needs values of the keys' head dimension";
   if (shape.dim > 256) return "takes head dimensions up to 256";
   if (shape.dim % 8 != 0) return "needs a head dimension that is a multiple of 8";
+  if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
+    return "takes up to 2^31 - 1 pairs of a query and a head";
+  }
+  return nullptr;
+}
+
+const char* why_not_any(const FusedShape& shape) {
+  if (const char* reason = why_not_layout(shape)) return reason;
   if (shape.batch * shape.additional * shape.kv_heads > INT32_MAX) return "takes up to 2^31 - 1 additional keys";
   if (shape.has_bias()) {
     for (const Axis& axis : shape.neighborhood.axes) {
       if (axis.causal) return "takes no relative position bias on causal axes";
     }
     if (shape.neighborhood.bias_size() > INT32_MAX) return "takes bias tables of up to 2^31 - 1 entries per head";
-  }
-  if (shape.batch * shape.neighborhood.positions() * shape.heads > INT32_MAX) {
-    return "takes up to 2^31 - 1 pairs of a query and a head";
   }
   return nullptr;
 }
@@ -78,23 +84,27 @@ bool is_empty(const FusedShape& shape) {
   return shape.batch == 0 || shape.heads == 0 || shape.neighborhood.positions() == 0;
 }
 
-const char* why_not_tiles(const FusedShape& shape, const Plan& plan) {
-  if (plan.heads != 1 && plan.heads != 2) return "boxes have one or two heads";
+const char* why_not_tiles(const FusedShape& shape, const Tiles& tiles, int heads) {
   for (int a = 0; a < kMaxRank; ++a) {
-    if (plan.query_part[a] < 1 || plan.key_tile[a] < 1 || plan.query_tile[a] % plan.query_part[a] != 0) {
+    if (tiles.query_part[a] < 1 || tiles.key_tile[a] < 1 || tiles.query_tile[a] % tiles.query_part[a] != 0) {
       return "query tiles must be divided into equal parts";
     }
-    if (a < kMaxRank - shape.neighborhood.rank && plan.query_tile[a] * plan.key_tile[a] != 1) {
+    if (a < kMaxRank - shape.neighborhood.rank && tiles.query_tile[a] * tiles.key_tile[a] != 1) {
       return "axes that the problem does not have must have tiles of 1";
     }
-    if (plan.query_tile[a] > 256 || plan.key_tile[a] > 256) return "tiles have at most 256 positions along an axis";
+    if (tiles.query_tile[a] > 256 || tiles.key_tile[a] > 256) return "tiles have at most 256 positions along an axis";
   }
   if (is_empty(shape)) return nullptr;
-  if (plan.heads > 1 && (shape.heads % plan.heads != 0 || shape.group() != 1)) {
+  if (count_query_tiles(shape, make_schedule(shape, tiles, heads)) > INT32_MAX) return "takes up to 2^31 - 1 tiles";
+  return nullptr;
+}
+
+const char* why_not_tiles(const FusedShape& shape, const Plan& plan) {
+  if (plan.heads != 1 && plan.heads != 2) return "boxes have one or two heads";
+  if (plan.heads > 1 && !is_empty(shape) && (shape.heads % plan.heads != 0 || shape.group() != 1)) {
     return "boxes of two heads need an even number of heads, each with its own keys";
   }
-  if (count_query_tiles(shape, make_schedule(shape, plan)) > INT32_MAX) return "takes up to 2^31 - 1 tiles";
-  return nullptr;
+  return why_not_tiles(shape, plan, shape.heads / plan.heads);
 }
 
 const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
@@ -103,7 +113,7 @@ const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
   if (plan.heads != 1) return "boxes have one head";
   if (product(plan.query_tile) != kWideGroups * product(plan.query_part)) return "query tiles must have two parts";
   if (product(plan.query_part) > kWideGroupRows) return "a warpgroup has at most 64 queries";
-  if (product(plan.key_tile) > wide_shape(wide_compiled_dim(shape.dim)).keys) return "key tiles have too many keys";
+  if (product(plan.key_tile) > wide_shape(compiled_head_dim(shape.dim)).keys) return "key tiles have too many keys";
   return nullptr;
 }
 

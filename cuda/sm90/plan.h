@@ -14,13 +14,18 @@ namespace jax_natten::sm90 {
 // Kernels for large windows (wide_forward.cuh) and small ones (warp_forward.cuh). The numbers are a wire format.
 enum class Structure { kWide = 0, kWarp = 1 };
 
-struct Plan {
-  Structure structure = Structure::kWide;
+// How a problem is cut. Terms are those of ../common/tiling.h: in the walk over the queries of keys, read key for query
+// and query for key.
+struct Tiles {
   int query_tile[kMaxRank] = {1, 1, 1};  // queries of a CTA
   int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warpgroup or warp
   int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together
-  int heads = 1;                         // kWarp: per box
-  int slots = 2, stages = 2;             // kWarp: of the rings of queries and of keys
+};
+
+struct Plan : Tiles {
+  Structure structure = Structure::kWide;
+  int heads = 1;              // kWarp: per box
+  int slots = 2, stages = 2;  // kWarp: of the rings of queries and of keys
 };
 
 // A plan as custom calls carry it: structure, query_tile, query_part, key_tile, heads, slots, stages. A wire format.
@@ -38,7 +43,19 @@ inline bool is_extended(const FusedShape& shape) { return shape.additional > 0 |
 // Whether there is nothing to compute.
 bool is_empty(const FusedShape& shape);
 
-// Why none of the kernels can take a problem, in words that follow the name of the implementation; nullptr if they can.
+// The head dimension that the kernels for `dim` are compiled for, but for the warp kernel; 0: none.
+constexpr int compiled_head_dim(int dim) {
+  for (const int compiled : {32, 64, 96, 128, 192, 256}) {
+    if (dim <= compiled) return compiled;
+  }
+  return 0;
+}
+
+// Why the tensor maps and 32-bit indices of the kernels, forward or backward, do not suit a problem, in words that
+// follow the name of the implementation; nullptr if they do.
+const char* why_not_layout(const FusedShape& shape);
+
+// Why none of the forward kernels can take a problem, likewise.
 const char* why_not_any(const FusedShape& shape);
 
 // Why a plan does not fit a problem; nullptr if it does. The first asks the kernel of the plan's structure, the next
@@ -48,6 +65,9 @@ const char* why_not_wide(const FusedShape& shape, const Plan& plan);
 const char* why_not_warp(const FusedShape& shape, const Plan& plan);
 const char* why_not_tiles(const FusedShape& shape, const Plan& plan);
 
-TileSchedule make_schedule(const FusedShape& shape, const Plan& plan);
+// The same for tiles of any kernel, forward or backward. `heads`: that have query tiles of their own.
+const char* why_not_tiles(const FusedShape& shape, const Tiles& tiles, int heads);
+
+TileSchedule make_schedule(const FusedShape& shape, const Tiles& tiles, int heads);
 
 }  // namespace jax_natten::sm90

@@ -31,7 +31,7 @@ cudaError_t launch_wide(const FusedForwardParams& problem, const Plan& plan, cud
   if (why_not_wide(problem, plan) != nullptr) return cudaErrorInvalidValue;
   if (is_empty(problem)) return cudaSuccess;
 
-  const WideShape compiled = wide_shape(wide_compiled_dim(problem.dim));
+  const WideShape compiled = wide_shape(compiled_head_dim(problem.dim));
   WideParams params;
   cudaError_t error = set_up_forward(problem, plan, compiled.chunk, /*query_box_is_part=*/true, params);
   if (error != cudaSuccess) return error;

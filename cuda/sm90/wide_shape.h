@@ -28,12 +28,4 @@ constexpr int kWideGroups = 2;      // consumer warpgroups
 constexpr int kWideGroupRows = 64;  // queries of each
 constexpr int kWideThreads = 128 * (kWideGroups + 1);
 
-// The head dimension that the kernel for `dim` is compiled for; 0: none.
-constexpr int wide_compiled_dim(int dim) {
-  for (const int compiled : {32, 64, 96, 128, 192, 256}) {
-    if (dim <= compiled) return compiled;
-  }
-  return 0;
-}
-
 }  // namespace jax_natten::sm90

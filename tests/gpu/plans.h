@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "../../cuda/sm90/plan.h"
-#include "../../cuda/sm90/wide_shape.h"
 
 namespace jax_natten::driver {
 
@@ -78,7 +77,7 @@ inline Plan random_plan(std::mt19937& random, const FusedShape& shape) {
     }
     plan = Plan();
   }
-  const int dim = sm90::wide_compiled_dim(shape.dim);
+  const int dim = sm90::compiled_head_dim(shape.dim);
   set(plan.query_part, random_tile(random, rank, 64));
   set(plan.key_tile, random_tile(random, rank, dim <= 128 ? 128 : dim == 192 ? 96 : 64));
   std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);

@@ -86,27 +86,6 @@ inline void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 }  // namespace emulated
 
-inline uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const bool finite = (bits & 0x7F800000) != 0x7F800000;
-  return finite ? (bits + 0x1000) & ~uint32_t(0x1FFF) : bits;
-}
-
-inline void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulated::MmaOperand operand = {d, a, {b0, b1}};
-  emulator::meet_lanes(
-      "mma", ~0u, &operand,
-      [](void** operands, uint32_t) {
-        // What is not rounded to tf32 must not be multiplied: the hardware ignores the lower bits.
-        emulated::multiply<8>(operands, [](uint32_t bits, float* to, int) {
-          bits &= ~uint32_t(0x1FFF);
-          memcpy(to, &bits, 4);
-        });
-      },
-      emulator::Where::here());
-}
-
 inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address, emulator::Where where = emulator::Where::here()) {
   emulated::load_matrix<4, false>("ldmatrix", r, address, where);
 }
@@ -128,8 +107,8 @@ inline void mma_from_zero(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_
 inline uint32_t round_to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  if ((bits & 0x7F800000u) != 0x7F800000u) bits += 0x1000u;  // to nearest, ties away from zero
-  return bits & ~0x1FFFu;
+  const bool finite = (bits & 0x7F800000) != 0x7F800000;
+  return finite ? (bits + 0x1000) & ~uint32_t(0x1FFF) : bits;
 }
 
 inline void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -137,8 +116,9 @@ inline void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   emulator::meet_lanes(
       "mma", ~0u, &operand,
       [](void** operands, uint32_t) {
+        // What is not rounded to tf32 must not be multiplied: the hardware ignores the lower bits.
         emulated::multiply<8>(operands, [](uint32_t bits, float* to, int) {
-          bits &= ~0x1FFFu;
+          bits &= ~uint32_t(0x1FFF);
           memcpy(to, &bits, 4);
         });
       },

@@ -98,6 +98,12 @@ inline void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c
       where);
 }
 
+inline float2 load_pair(uint32_t address) {
+  float2 v = {};
+  if (const uint8_t* from = emulator::shared_bytes(address, 8, 8, "ld.shared.v2")) memcpy(&v, from, 8);
+  return v;
+}
+
 inline uint4 load_vector(uint32_t address) {
   uint4 v = {};
   if (const uint8_t* from = emulator::shared_bytes(address, 16, 16, "ld.shared.v4")) memcpy(&v, from, 16);
@@ -141,6 +147,13 @@ inline void schedule_after(float x) {
 template <typename T>
 inline uint32_t pack(float low, float high) {
   return T(low).bits | uint32_t(T(high).bits) << 16;
+}
+
+template <typename T>
+inline float2 unpack(uint32_t pair) {
+  T x[2];
+  memcpy(x, &pair, 4);
+  return {float(x[0]), float(x[1])};
 }
 
 template <typename T>

@@ -1,0 +1,10 @@
+#include "backward_instances.cuh"
+#include "backward_key.cuh"
+
+namespace jax_natten::sm90 {
+
+BackwardInstance backward_key_d128(DType dtype, int rank, bool small) {
+  return backward_instance<KeyPass, 128>(dtype, rank, small);
+}
+
+}  // namespace jax_natten::sm90

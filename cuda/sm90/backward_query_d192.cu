@@ -1,0 +1,10 @@
+#include "backward_instances.cuh"
+#include "backward_query.cuh"
+
+namespace jax_natten::sm90 {
+
+BackwardInstance backward_query_d192(DType dtype, int rank, bool small) {
+  return backward_instance<QueryPass, 192>(dtype, rank, small);
+}
+
+}  // namespace jax_natten::sm90
