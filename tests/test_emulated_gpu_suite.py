@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / "emulator"
+from emulator_build import BUILD, DIRECTORY, ROOT, make
 
 
 @pytest.fixture(scope="module")
 def environment():
     """Of a process that can load the plugin ``emulated``."""
-    missing = [tool for tool in ("g++", "make") if shutil.which(tool) is None]
-    missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
-    directory = ROOT / "tests" / "emulator"
-    make = ["make", "-C", directory, f"-j{os.cpu_count()}", "_emulated", f"PYTHON={sys.executable}"]
-    subprocess.run(make, check=True)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (BUILD, directory, ROOT / "tests")))}
+    if importlib.util.find_spec("pybind11") is None:
+        pytest.skip("needs pybind11")
+    make("_emulated")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (BUILD, DIRECTORY, ROOT / "tests")))}
 
 
 def run(environment, *arguments):

@@ -1,25 +1,13 @@
 """The CUDA kernels on the CPU, built by g++ with the stand-ins of tests/emulator and compared with the definition."""
 
-import fcntl
-import os
-import pathlib
-import shutil
 import subprocess
 
-import pytest
-
-ROOT = pathlib.Path(__file__).parent.parent
-BUILD = ROOT / "build" / "emulator"
+from emulator_build import BUILD, make
 
 
 def run(name, *arguments):
     """Builds and runs a test of tests/emulator."""
-    if shutil.which("g++") is None or shutil.which("make") is None:
-        pytest.skip("needs g++ and make")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:  # tests in other processes build in the same place
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "-C", ROOT / "tests" / "emulator", f"-j{os.cpu_count()}", name], check=True)
+    make(name)
     result = subprocess.run([BUILD / name, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
 
