@@ -67,7 +67,7 @@ def neighborhood_attention(
         None does it only where that takes less time than the exchange over NVLink, which is for small windows; True
         also helps larger ones on slower networks. Where a shard has no interior, nothing overlaps.
       return_lse: whether to return the log-sum-exp as well; padding has zero there.
-      **kwargs: scale, additional keys and values (whole on every device), rpb, implementation.
+      **kwargs: scale, additional keys and values (whole on every device), rpb, implementation, precision.
 
     Returns:
       The local shard of the output, and of the LSE.
@@ -169,7 +169,7 @@ def sharded_attention(
       overlap: as in :func:`neighborhood_attention`.
 
     Returns:
-      A function with the arguments and results of :func:`jax_natten.neighborhood_attention`.
+      A function with the arguments (but tiles) and results of :func:`jax_natten.neighborhood_attention`.
     """
     names = tuple(grid)
 
@@ -188,6 +188,7 @@ def sharded_attention(
         rpb: jax.Array | None = None,
         return_lse: bool = False,
         implementation: str | Sequence[str] | None = None,
+        precision: str | jax.lax.Precision | None = None,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
         if window.rank != len(names):
@@ -221,6 +222,7 @@ def sharded_attention(
                 scale=scale,
                 return_lse=True,
                 implementation=implementation,
+                precision=precision,
             )
 
         results = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=(grid_spec, grid_spec))(arrays)

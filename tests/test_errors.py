@@ -175,7 +175,7 @@ BAD_CALLS = {
         NotImplementedError,
         ["naive", "cuda", "platform 'cpu'"],
     ),
-    "kernel that does not exist yet": (_na1d(implementation="sm80"), NotImplementedError, ["sm80", "fused_forward"]),
+    "kernel that does not take the dtype": (_na1d(implementation="sm90"), NotImplementedError, ["sm90", "float16"]),
     # Unfused
     "scores with a window too long": (_qk(kernel_size=7, dilation=2), ValueError, ["7 * 2", "12", "axis 0"]),
     "scores of mixed dtypes": (_qk(key=K1.astype(np.float16)), TypeError, ["key", "float16", "float32"]),
