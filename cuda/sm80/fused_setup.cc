@@ -56,8 +56,6 @@ void set_up_places(const TileSchedule& schedule, const Plan& plan, int rows_of_w
 
 }  // namespace
 
-int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 RowArray row_array(DType dtype, const void* data, int64_t positions, int heads, int size) {
   RowArray array;
   array.data = const_cast<void*>(data);

@@ -4,13 +4,12 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "dtype.h"
 #include "forward_instances.h"
 #include "fused_params.h"
 #include "plan.h"
 
 namespace jax_natten::sm80 {
-
-int element_bytes(DType dtype);
 
 // A [batch, positions, heads, size] array of the problem's type.
 RowArray row_array(DType dtype, const void* data, int64_t positions, int heads, int size);

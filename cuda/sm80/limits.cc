@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "backward_shape.h"
+#include "dtype.h"
 #include "unfused_plan.h"
 
 namespace jax_natten::sm80 {
@@ -27,7 +28,7 @@ const char* why_not_fused_backward(const FusedShape& shape) {
 }
 
 int64_t additional_key_tiles(const FusedShape& shape) {
-  const int bytes = shape.dtype == DType::kFloat32 ? 4 : 2;
+  const int bytes = element_bytes(shape.dtype);
   const int rows = backward_shape(bytes, forward_dim(bytes, std::max(shape.dim, shape.value_dim)), Pass::kKeys).rows;
   return (int64_t(shape.additional) + rows - 1) / rows;
 }

@@ -8,20 +8,14 @@
 #include <utility>
 
 #include "../common/workspace.h"
+#include "dtype.h"
+#include "factorisations.h"
 #include "unfused_instances.h"
 
 namespace jax_natten::sm80 {
 namespace {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;
-
-int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-int log2_of(int power) {
-  int log = 0;
-  while (power >> log > 1) ++log;
-  return log;
-}
 
 bool aligned(const void* data, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_bytes % 16 == 0;

@@ -6,6 +6,8 @@
 #include <mutex>
 #include <vector>
 
+#include "dtype.h"
+
 namespace jax_natten::sm80 {
 namespace {
 
@@ -17,7 +19,6 @@ constexpr int kAdditionalBytes = 20 * 1024;  // of a slab of additional keys
 int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
 int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 int odd_chunks(int bytes) { return (bytes / 16 | 1) * 16; }
-int element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Columns that `rows` rows from `first` on need along an axis.
 int columns_of_rows(const Axis& axis, Operation operation, int first, int rows, int length) {
