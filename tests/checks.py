@@ -148,11 +148,21 @@ def check_fused(case: Case, implementation, quick: bool = True) -> None:
     operands, cotangents, exact, plain, magnitudes = expected_fused(case)
     results = run_fused(case, implementation, operands, cotangents, quick)
     assert results.keys() == exact.keys()
+    # Gradients take the weights from the stored LSE. At scale 0 windows of one size have one LSE, whose rounding then
+    # meets all weights alike and does not average out.
+    same_lse = case.scale == 0 and not case.bias
+    weights_off_by = float(np.spacing(np.abs(exact["lse"]).max().astype(case.accumulation))) if same_lse else 0.0
     for name, result in results.items():
         dtype = case.accumulation if name == "lse" else jnp.dtype(case.dtype)
         assert result.dtype == dtype, f"{name} is {result.dtype}, expected {dtype}"
         assert_as_good_as_plain(
-            result, exact[name], plain[name], name=name, dtype=dtype, magnitude=magnitudes.get(name, 0.0)
+            result,
+            exact[name],
+            plain[name],
+            name=name,
+            dtype=dtype,
+            magnitude=magnitudes.get(name, 0.0),
+            weights_off_by=weights_off_by if name.startswith("d_") else 0.0,
         )
 
 

@@ -58,7 +58,9 @@ def _accumulation_eps(dtype) -> float:
     return float(np.finfo(np.float64 if np.dtype(dtype) == np.float64 else np.float32).eps)
 
 
-def assert_as_good_as_plain(result, oracle, plain, *, name: str, dtype, magnitude: float = 0.0) -> None:
+def assert_as_good_as_plain(
+    result, oracle, plain, *, name: str, dtype, magnitude: float = 0.0, weights_off_by: float = 0.0
+) -> None:
     """Raises AssertionError unless ``result`` is within the tolerance.
 
     Args:
@@ -66,6 +68,7 @@ def assert_as_good_as_plain(result, oracle, plain, *, name: str, dtype, magnitud
       plain: the same from plain attention in the result's precision.
       dtype: dtype of the inputs; decides the floor.
       magnitude: size of the terms of a sum that may cancel to zero.
+      weights_off_by: relative error that all weights may share, which plain attention does not make.
     """
     error = relative_error(result, oracle, magnitude)
     norm = np.linalg.norm(np.asarray(oracle)[np.isfinite(oracle)])
@@ -73,7 +76,8 @@ def assert_as_good_as_plain(result, oracle, plain, *, name: str, dtype, magnitud
     cancellation = 1.0 if cancels else magnitude / norm
     size, rows = np.size(oracle), np.prod(np.shape(oracle)[:-1])
     ill_conditioned = size < FEW or rows < FEW_ROWS or cancellation > CANCELS or name in LONG_SUMS
-    allowed = allowed_error(relative_error(plain, oracle, magnitude), dtype, ill_conditioned, cancellation)
+    plain_error = max(relative_error(plain, oracle, magnitude), weights_off_by)
+    allowed = allowed_error(plain_error, dtype, ill_conditioned, cancellation)
     if cancels:
         # Exactly zero (a window of one key): what is left is how differently two long sums were rounded.
         allowed = max(allowed, 64 * _accumulation_eps(dtype))
