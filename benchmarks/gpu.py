@@ -3,8 +3,8 @@
     python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
     python benchmarks/gpu.py --groups large small --implementations sm90 --forward-only --peers PEERS.csv
 
-A time is that of one call in a chain of calls inside one jitted function, each fed by the one before: launches overlap
-with the work of the call before, as in a model. Rates are those of the first implementation that has a kernel. Useful
+A time is that of one more call in a chain of calls inside one jitted function, each fed by the one before: launches
+overlap with the work of the call before, as in a model, and what a jitted function costs as such drops out. Rates are those of the first implementation that has a kernel. Useful
 operations are those of the pairs inside windows, bandwidth counts every tensor once, and both are given as fractions of
 the device's peak (tensor cores, dense, for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense
 attention on `dense16k_d128`, timed in the same run, since clocks differ between machines. --peers names a CSV file with
@@ -32,7 +32,8 @@ from jax_natten import dispatch, tiles
 from jax_natten.commands import spell
 from jax_natten.primitives import fused as primitives
 
-CALLS = 10  # per chain
+# Calls of the short chain; and how much longer the long one lasts, about: seconds, and at least and at most so many calls.
+SHORT, SECONDS, FEWEST, MOST = 2, 0.01, 4, 48
 DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
 # Vendor's figures by jax.Device.device_kind: bytes per second, and operations per second by bytes of the dtype.
 PEAKS = {
@@ -181,28 +182,32 @@ def row(problem, direction, times, first, operations, moved, error, dtype) -> di
 
 
 def time_chains(steps: dict[str, Callable], arrays, repeats: int) -> dict[str, float | str]:
-    """Seconds of one step of each chain, or why there is no time."""
-    candidates, notes = {}, {}
+    """Seconds of one more step of each chain, or why there is no time."""
+    candidates, calls, notes = {}, {}, {}
     for name, step in steps.items():
         try:
-            compiled = jax.jit(chain(step)).lower(*arrays).compile()
-            jax.block_until_ready(compiled(*arrays))
-            candidates[name] = lambda f=compiled: jax.block_until_ready(f(*arrays))
+            short = compiled_chain(step, SHORT, arrays)
+            (seconds,) = report.interleaved({name: short}, 1).values()
+            calls[name] = min(max(round(SECONDS * SHORT / seconds), FEWEST), MOST)
+            candidates[name, SHORT] = short
+            candidates[name, calls[name]] = compiled_chain(step, SHORT + calls[name], arrays)
         except jax.errors.JaxRuntimeError as failure:
             notes[name] = str(failure).split(":")[0].lower()
         except NotImplementedError:
             notes[name] = "no kernel"
-    times = {name: seconds / CALLS for name, seconds in report.interleaved(candidates, repeats).items()}
-    return {name: times.get(name, notes.get(name, "-")) for name in steps}
+    seconds = report.interleaved(candidates, repeats)
+    times = {name: (seconds[name, more] - seconds[name, SHORT]) / more for name, more in calls.items()}
+    return {name: notes.get(name, times.get(name, "-")) for name in steps}
 
 
-def chain(step):
+def compiled_chain(step, calls: int, arrays) -> Callable[[], None]:
     def run(*arrays):
-        for _ in range(CALLS):
+        for _ in range(calls):
             arrays = step(*arrays)
         return arrays
 
-    return run
+    compiled = jax.jit(run).lower(*arrays).compile()
+    return lambda: jax.block_until_ready(compiled(*arrays))
 
 
 def forward_step(attention):
@@ -213,9 +218,10 @@ def gradient_step(attention):
     run = report.with_gradients(attention)
 
     def step(q, k, v, d_out):
-        _, *gradients = run(q, k, v, d_out)
-        # Every gradient feeds the next call, so that none can be left out.
-        return (*(x + 1e-3 * g for x, g in zip((q, k, v), gradients)), d_out)
+        # Feeds one element of each gradient to the next call; the barrier keeps XLA from computing only those.
+        _, *gradients = jax.lax.optimization_barrier(run(q, k, v, d_out))
+        first = sum(g[(0,) * g.ndim] for g in gradients)
+        return q.at[(0,) * q.ndim].set(1e-3 * first), k, v, d_out
 
     return step
 
