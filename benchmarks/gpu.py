@@ -1,15 +1,17 @@
 """Times implementations on a GPU, fused attention beside attention under a dense mask as XLA runs it.
 
     python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
-    python benchmarks/gpu.py --groups large small --implementations sm90 --forward-only --peers PEERS.csv
+    python benchmarks/gpu.py --groups large small --implementations sm90 --peers PEERS.csv
 
 A time is that of one more call in a chain of calls inside one jitted function, each fed by the one before: launches
-overlap with the work of the call before, as in a model, and what a jitted function costs as such drops out. Rates are those of the first implementation that has a kernel. Useful
-operations are those of the pairs inside windows, bandwidth counts every tensor once, and both are given as fractions of
-the device's peak (tensor cores, dense, for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense
-attention on `dense16k_d128`, timed in the same run, since clocks differ between machines. --peers names a CSV file with
-the columns problem, peer, forward_kernel_ms and forward_call_ms; each peer gets a column with its time. Results are
-checked in the same run: outputs against float64 on random rows, fused gradients against those of "xla" in float32.
+overlap with the work of the call before, as in a model, and what a jitted function costs as such drops out. Rates are
+those of the first implementation that has a kernel. Useful operations are those of the pairs inside windows, bandwidth
+counts every tensor once, and both are given as fractions of the device's peak (tensor cores, dense, for 16-bit types).
+"of cuDNN" is the useful rate over that of cuDNN's dense attention, forward or backward, on `dense16k_d128`, timed in
+turns with it, since clocks differ between machines and fall under load. --peers names a CSV file with the columns
+problem, peer, and forward_kernel_ms, forward_call_ms, backward_kernel_ms, backward_call_ms; each peer gets a column
+with its time. Results are checked in the same run: outputs against float64 on random rows, fused gradients against
+those of "xla" in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from jax_natten import dispatch, tiles
 from jax_natten.commands import spell
 from jax_natten.primitives import fused as primitives
 
-# Calls of the short chain; and how much longer the long one lasts, about: seconds, and at least and at most so many calls.
+# Calls of the short chain; and how much longer the long one lasts, about, in seconds, with the fewest and most calls.
 SHORT, SECONDS, FEWEST, MOST = 2, 0.01, 4, 48
 DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
 # Vendor's figures by jax.Device.device_kind: bytes per second, and operations per second by bytes of the dtype.
@@ -57,16 +59,14 @@ def main() -> None:
     tables = {"small": problems.SMALL, "unfused": problems.UNFUSED, "large": problems.LARGE}
     rows = []
     peers = read_peers(arguments.peers)
-    yardstick = None if arguments.groups == ["unfused"] else cudnn_rate(arguments.dtype, arguments.repeats)
+    yardstick = None if arguments.groups == ["unfused"] else find_yardstick(arguments.dtype)
     for group in arguments.groups:
-        compare = compare_unfused if group == "unfused" else compare_fused
+        compare = compare_unfused if group == "unfused" else functools.partial(compare_fused, yardstick=yardstick)
         for problem in tables[group].values():
             if arguments.only and problem.name not in arguments.only:
                 continue
             for line in compare(problem, arguments, jnp.dtype(arguments.dtype)):
-                if line["direction"] == "forward":
-                    line |= {"of cuDNN": line["useful TFLOP/s"] / yardstick} if yardstick else {}
-                    line |= {f"{peer} ms": time for peer, time in peers.get(problem.name, {}).items()}
+                line |= {f"{peer} ms": time for peer, time in peers.get((problem.name, line["direction"]), {}).items()}
                 print(line, flush=True)
                 rows.append(line)
     name = "_".join([jax.devices()[0].device_kind.lower().replace(" ", "_"), arguments.dtype])
@@ -74,25 +74,27 @@ def main() -> None:
     report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}.csv")
 
 
-def compare_fused(problem, arguments, dtype):
-    """A row for the forward and, unless it is not wanted, one for forward and backward."""
+def compare_fused(problem, arguments, dtype, yardstick=None):
+    """A row for the forward and, unless it is not wanted, one for the backward."""
     implementations, repeats = arguments.implementations, arguments.repeats
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
     if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
         attentions["dense"] = report.dense_mask(problem)
-    for direction, step, operations in (
-        ("forward", forward_step, ["forward"]),
-        ("forward+backward", gradient_step, ["forward", "backward"]),
-    ):
-        if len(operations) > 1 and arguments.forward_only:
+    for direction, chain in (("forward", forward_chain), ("backward", backward_chain)):
+        forward = direction == "forward"
+        if arguments.forward_only and not forward:
             return
-        times = time_chains({name: step(f) for name, f in attentions.items()}, arrays, repeats)
+        chains = {name: chain(f) for name, f in attentions.items()}
+        times = time_chains(chains, arrays, repeats, {"cuDNN": yardstick.chains[direction]} if yardstick else {})
+        cudnn = times.pop("cuDNN", None)
         first = next((name for name in implementations if isinstance(times[name], float)), implementations[0])
         timed = isinstance(times[first], float)
-        error = check_fused(problem, arrays, attentions[first], gradients=len(operations) > 1) if timed else math.nan
-        line = row(problem, direction, times, first, *report.cost(problem, dtype, *operations), error, dtype)
-        yield line | (tile_columns(problem, dtype) if first == "sm90" and len(operations) == 1 else {})
+        error = check_fused(problem, arrays, attentions[first], gradients=not forward) if timed else math.nan
+        line = row(problem, direction, times, first, *report.cost(problem, dtype, direction), error, dtype)
+        if isinstance(cudnn, float):
+            line["of cuDNN"] = 1e12 * line["useful TFLOP/s"] * cudnn / yardstick.operations[direction]
+        yield line | (tile_columns(problem, dtype) if first == "sm90" and forward else {})
 
 
 def tile_columns(problem, dtype) -> dict:
@@ -109,32 +111,35 @@ def described(problem, dtype) -> dispatch.Problem:
     return primitives.problem("fused_forward", query, key, key, None, None, report.neighborhood(problem))
 
 
-def cudnn_rate(dtype, repeats: int) -> float | None:
-    """TFLOP/s of cuDNN's dense attention on `dense16k_d128`; None where it cannot run."""
-    problem = problems.LARGE["dense16k_d128"]
-    arrays = report.draw(problem, jnp.dtype(dtype), seed=0)
-    dense = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+class Yardstick:
+    """cuDNN's dense attention on `dense16k_d128`, timed in turns with what is compared with it."""
+
+    def __init__(self, dtype):
+        problem = problems.LARGE["dense16k_d128"]
+        arrays = report.draw(problem, dtype, seed=0)
+        dense = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        self.chains = {"forward": Chain(forward_chain(dense), arrays), "backward": Chain(backward_chain(dense), arrays)}
+        self.operations = {direction: report.cost(problem, dtype, direction)[0] for direction in self.chains}
+
+
+def find_yardstick(dtype) -> Yardstick | None:
     try:
-        seconds = time_chains({"cudnn": forward_step(dense)}, arrays, repeats)["cudnn"]
+        return Yardstick(jnp.dtype(dtype))
     except (ValueError, RuntimeError) as failure:
-        seconds = str(failure)
-    if not isinstance(seconds, float):
-        print(f"no cuDNN attention to compare with: {seconds}", flush=True)
+        print(f"no cuDNN attention to compare with: {failure}", flush=True)
         return None
-    rate = report.cost(problem, jnp.dtype(dtype), "forward")[0] / seconds / 1e12
-    print(f"cuDNN dense attention, dense16k_d128: {1e3 * seconds:.3f} ms, {rate:.0f} TFLOP/s", flush=True)
-    return rate
 
 
-def read_peers(path: Path | None) -> dict[str, dict[str, float]]:
-    """Milliseconds of other libraries' forward kernels by problem and library; of their call where that is all."""
-    found: dict[str, dict[str, float]] = {}
+def read_peers(path: Path | None) -> dict[tuple[str, str], dict[str, float]]:
+    """Milliseconds of other libraries by problem and direction: of their kernels, or of the call where that is all."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
     if path is not None:
         with path.open() as file:
             for line in csv.DictReader(file):
-                time = line["forward_kernel_ms"] or line["forward_call_ms"]
-                if time:
-                    found.setdefault(line["problem"], {})[line["peer"]] = float(time)
+                for direction in ("forward", "backward"):
+                    time = line[f"{direction}_kernel_ms"] or line[f"{direction}_call_ms"]
+                    if time:
+                        found.setdefault((line["problem"], direction), {})[line["peer"]] = float(time)
     return found
 
 
@@ -161,7 +166,7 @@ def compare_unfused(problem, arguments, dtype):
         ("IN", inverse, (weights, d_out), "av"),
     ):
         functions = {i: make(i) for i in implementations}
-        times = time_chains({i: feed_last(f) for i, f in functions.items()}, arrays, repeats)
+        times = time_chains({i: last_operand_chain(f) for i, f in functions.items()}, arrays, repeats)
         error = report.unfused_error(name, problem, arrays, jax.jit(functions[implementations[0]])(*arrays))
         yield row(problem, name, times, implementations[0], *report.cost(problem, dtype, operation), error, dtype)
 
@@ -181,69 +186,85 @@ def row(problem, direction, times, first, operations, moved, error, dtype) -> di
     return line | {"GB/s": flow / 1e9, "of bandwidth": flow / bandwidth, "error": error}
 
 
-def time_chains(steps: dict[str, Callable], arrays, repeats: int) -> dict[str, float | str]:
-    """Seconds of one more step of each chain, or why there is no time."""
-    candidates, calls, notes = {}, {}, {}
-    for name, step in steps.items():
-        try:
-            short = compiled_chain(step, SHORT, arrays)
-            (seconds,) = report.interleaved({name: short}, 1).values()
-            calls[name] = min(max(round(SECONDS * SHORT / seconds), FEWEST), MOST)
-            candidates[name, SHORT] = short
-            candidates[name, calls[name]] = compiled_chain(step, SHORT + calls[name], arrays)
-        except jax.errors.JaxRuntimeError as failure:
-            notes[name] = str(failure).split(":")[0].lower()
-        except NotImplementedError:
-            notes[name] = "no kernel"
-    seconds = report.interleaved(candidates, repeats)
-    times = {name: (seconds[name, more] - seconds[name, SHORT]) / more for name, more in calls.items()}
-    return {name: notes.get(name, times.get(name, "-")) for name in steps}
+class Chain:
+    """A step repeated inside one jitted function, in a short and in a long version.
+
+    ``start(*arrays)`` returns the step and what the first one gets; a step returns what the next one gets.
+    """
+
+    def __init__(self, start, arrays):
+        self.short = _compiled(start, SHORT, arrays)
+        (seconds,) = report.interleaved({"": self.short}, 1).values()
+        self.more = min(max(round(SECONDS * SHORT / seconds), FEWEST), MOST)  # steps of the long one
+        self.long = _compiled(start, SHORT + self.more, arrays)
 
 
-def compiled_chain(step, calls: int, arrays) -> Callable[[], None]:
+def _compiled(start, calls: int, arrays) -> Callable[[], None]:
     def run(*arrays):
+        step, state = start(*arrays)
         for _ in range(calls):
-            arrays = step(*arrays)
-        return arrays
+            state = step(state)
+        return state
 
     compiled = jax.jit(run).lower(*arrays).compile()
     return lambda: jax.block_until_ready(compiled(*arrays))
 
 
-def forward_step(attention):
-    return lambda q, k, v, d_out: (attention(q, k, v), k, v, d_out)
+def time_chains(starts: dict[str, Callable], arrays, repeats: int, more: dict[str, Chain] | None = None):
+    """Seconds of one more step of each chain, or why there is no time."""
+    chains, notes = dict(more or {}), {}
+    for name, start in starts.items():
+        try:
+            chains[name] = Chain(start, arrays)
+        except jax.errors.JaxRuntimeError as failure:
+            notes[name] = str(failure).split(":")[0].lower()
+        except NotImplementedError:
+            notes[name] = "no kernel"
+    candidates = {(name, kind): getattr(chain, kind) for name, chain in chains.items() for kind in ("short", "long")}
+    seconds = report.interleaved(candidates, repeats)
+    times = {name: (seconds[name, "long"] - seconds[name, "short"]) / chain.more for name, chain in chains.items()}
+    return {**notes, **times}
 
 
-def gradient_step(attention):
-    run = report.with_gradients(attention)
-
-    def step(q, k, v, d_out):
-        # Feeds one element of each gradient to the next call; the barrier keeps XLA from computing only those.
-        _, *gradients = jax.lax.optimization_barrier(run(q, k, v, d_out))
-        first = sum(g[(0,) * g.ndim] for g in gradients)
-        return q.at[(0,) * q.ndim].set(1e-3 * first), k, v, d_out
-
-    return step
+def forward_chain(attention):
+    return lambda q, k, v, d_out: (lambda query: attention(query, k, v), q)
 
 
-def feed_last(function):
-    """Feeds one element of the result to the last operand; the barrier keeps XLA from computing only that one."""
+def backward_chain(attention):
+    def start(q, k, v, d_out):
+        _, pullback = jax.vjp(attention, q, k, v)
 
-    def step(*arrays):
-        result = jax.lax.optimization_barrier(function(*arrays))
-        last = arrays[-1].at[(0,) * arrays[-1].ndim].set(result[(0,) * result.ndim])
-        return (*arrays[:-1], last)
+        def step(d_out):
+            return feed(d_out, *pullback(d_out))
 
-    return step
+        return step, d_out
+
+    return start
+
+
+def last_operand_chain(function):
+    def start(*arrays):
+        *rest, last = arrays
+        return (lambda x: feed(x, function(*rest, x))), last
+
+    return start
+
+
+def feed(x, *results):
+    """``x`` with an element that depends on all results; the barrier keeps XLA from computing only that one."""
+    results = jax.lax.optimization_barrier(results)
+    return x.at[(0,) * x.ndim].set(sum(1e-3 * r[(0,) * r.ndim] for r in results).astype(x.dtype))
 
 
 def check_fused(problem, arrays, attention, *, gradients: bool) -> float:
-    """The largest relative error of the output on random queries, or of the gradients of one batch element."""
+    """The largest relative error of the output on random queries, or of the gradients of one key head."""
     if not gradients:
         return report.error(problem, arrays, jax.jit(attention)(*arrays[:3]))
-    one = [x[:1].astype(jnp.float32) for x in arrays]
-    exact = jax.jit(report.with_gradients(report.ours(problem, "xla")))(*one)
-    got = jax.jit(report.with_gradients(attention))(*(x[:1] for x in arrays))
+    def one(arrays):
+        return [x[:1, ..., : x.shape[-2] // problem.kv_heads, :].astype(jnp.float32) for x in arrays]
+
+    exact = jax.jit(report.with_gradients(report.ours(problem, "xla")))(*one(arrays))
+    got = one(jax.jit(report.with_gradients(attention))(*arrays))
     pairs = [(np.asarray(g, np.float64), np.asarray(e, np.float64)) for g, e in zip(got, exact)]
     return max(float(np.linalg.norm(g - e) / np.linalg.norm(e)) for g, e in pairs)
 

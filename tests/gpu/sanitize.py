@@ -14,8 +14,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_NATTEN_TEST_SEED", "0")
-# The pool would hide an access past the end of a buffer, and a captured graph the kernel that made it. XLA's own products
-# need no tuning, which takes minutes under the sanitizer.
+# The pool would hide an access past the end of a buffer, and a captured graph the kernel that made it. XLA's own
+# products need no tuning, which takes minutes under the sanitizer.
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
