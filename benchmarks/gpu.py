@@ -260,6 +260,7 @@ def check_fused(problem, arrays, attention, *, gradients: bool) -> float:
     """The largest relative error of the output on random queries, or of the gradients of one key head."""
     if not gradients:
         return report.error(problem, arrays, jax.jit(attention)(*arrays[:3]))
+
     def one(arrays):
         return [x[:1, ..., : x.shape[-2] // problem.kv_heads, :].astype(jnp.float32) for x in arrays]
 
