@@ -9,7 +9,7 @@ CUDA_ARCHS ?= 80-real;90a-real
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 # Most of a GPU test is compilation on the host. The processes share the GPU.
 GPU_PYTEST_FLAGS ?= -n 8
-# For the benchmark of the Hopper kernels, e.g. --peers and a CSV file of other libraries' times.
+# E.g. --peers and a CSV file of other libraries' times.
 GPU_BENCH_FLAGS ?=
 DEMO_FLAGS ?=
 
@@ -42,9 +42,7 @@ gpu-test:
 	  --config-settings=build-dir=build/gpu-objects --target build/gpu .
 	PYTHONPATH=build/gpu $(PYTHON) -P -m jax_natten info
 	XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=build/gpu $(PYTHON) -P -m pytest $(GPU_PYTEST_FLAGS) tests/gpu
-	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py
-	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py --groups large small --implementations sm90 --forward-only \
-	  $(GPU_BENCH_FLAGS)
+	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_FLAGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu.py

@@ -1,17 +1,17 @@
 """Times implementations on a GPU, fused attention beside attention under a dense mask as XLA runs it.
 
     python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
-    python benchmarks/gpu.py --groups large small --implementations sm90 --peers PEERS.csv
+    python benchmarks/gpu.py --groups large small --peers PEERS.csv
 
 A time is that of one more call in a chain of calls inside one jitted function, each fed by the one before: launches
 overlap with the work of the call before, as in a model, and what a jitted function costs as such drops out. Rates are
-those of the first implementation that has a kernel. Useful operations are those of the pairs inside windows, bandwidth
-counts every tensor once, and both are given as fractions of the device's peak (tensor cores, dense, for 16-bit types).
-"of cuDNN" is the useful rate over that of cuDNN's dense attention, forward or backward, on `dense16k_d128`, timed in
-turns with it, since clocks differ between machines and fall under load. --peers names a CSV file with the columns
-problem, peer, and forward_kernel_ms, forward_call_ms, backward_kernel_ms, backward_call_ms; each peer gets a column
-with its time. Results are checked in the same run: outputs against float64 on random rows, fused gradients against
-those of "xla" in float32.
+those of the first implementation that has a kernel, named in the table. Useful operations are those of the pairs inside
+windows, bandwidth counts every tensor once, and both are given as fractions of the device's peak (tensor cores, dense,
+for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense attention, forward or backward, on
+`dense16k_d128`, timed in turns with it, since clocks differ between machines and fall under load. --peers names a CSV
+file with the columns problem, peer, and forward_kernel_ms, forward_call_ms, backward_kernel_ms, backward_call_ms; each
+peer gets a column with its time. Results are checked in the same run: outputs against float64 on random rows, fused
+gradients against those of "xla" in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ from jax_natten.primitives import fused as primitives
 
 # Calls of the short chain; and how much longer the long one lasts, about, in seconds, with the fewest and most calls.
 SHORT, SECONDS, FEWEST, MOST = 2, 0.01, 4, 48
+# What is compared, by group of problems: all that do not take seconds.
+IMPLEMENTATIONS = {
+    "large": ("sm90", "sm80"),
+    "small": ("sm90", "sm80", "naive"),
+    "unfused": ("sm80", "naive"),
+}
 DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
 # Vendor's figures by jax.Device.device_kind: bytes per second, and operations per second by bytes of the dtype.
 PEAKS = {
@@ -47,9 +53,9 @@ PEAKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="*", default=["small", "unfused"], choices=["small", "unfused", "large"])
+    parser.add_argument("--groups", nargs="*", default=[*IMPLEMENTATIONS], choices=[*IMPLEMENTATIONS])
     parser.add_argument("--only", nargs="*", help="names of problems in tests/problems.py")
-    parser.add_argument("--implementations", nargs="*", default=["naive"])
+    parser.add_argument("--implementations", nargs="*", help=f"by default {IMPLEMENTATIONS}")
     parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
     parser.add_argument("--peers", type=Path, help="CSV file of other libraries' times on this GPU model")
     parser.add_argument("--dtype", default="bfloat16")
@@ -65,18 +71,18 @@ def main() -> None:
         for problem in tables[group].values():
             if arguments.only and problem.name not in arguments.only:
                 continue
-            for line in compare(problem, arguments, jnp.dtype(arguments.dtype)):
+            names = arguments.implementations or IMPLEMENTATIONS[group]
+            for line in compare(problem, names, arguments, jnp.dtype(arguments.dtype)):
                 line |= {f"{peer} ms": time for peer, time in peers.get((problem.name, line["direction"]), {}).items()}
                 print(line, flush=True)
                 rows.append(line)
     name = "_".join([jax.devices()[0].device_kind.lower().replace(" ", "_"), arguments.dtype])
-    name += "" if arguments.implementations == ["naive"] else "_" + "_".join(arguments.implementations)
     report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}.csv")
 
 
-def compare_fused(problem, arguments, dtype, yardstick=None):
+def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
     """A row for the forward and, unless it is not wanted, one for the backward."""
-    implementations, repeats = arguments.implementations, arguments.repeats
+    repeats = arguments.repeats
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
     if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
@@ -88,13 +94,17 @@ def compare_fused(problem, arguments, dtype, yardstick=None):
         chains = {name: chain(f) for name, f in attentions.items()}
         times = time_chains(chains, arrays, repeats, {"cuDNN": yardstick.chains[direction]} if yardstick else {})
         cudnn = times.pop("cuDNN", None)
-        first = next((name for name in implementations if isinstance(times[name], float)), implementations[0])
+        first = first_timed(implementations, times)
         timed = isinstance(times[first], float)
         error = check_fused(problem, arrays, attentions[first], gradients=not forward) if timed else math.nan
         line = row(problem, direction, times, first, *report.cost(problem, dtype, direction), error, dtype)
         if isinstance(cudnn, float):
             line["of cuDNN"] = 1e12 * line["useful TFLOP/s"] * cudnn / yardstick.operations[direction]
         yield line | (tile_columns(problem, dtype) if first == "sm90" and forward else {})
+
+
+def first_timed(names, times: dict) -> str:
+    return next((name for name in names if isinstance(times[name], float)), names[0])
 
 
 def tile_columns(problem, dtype) -> dict:
@@ -143,9 +153,8 @@ def read_peers(path: Path | None) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
-def compare_unfused(problem, arguments, dtype):
+def compare_unfused(problem, implementations, arguments, dtype):
     """A row for each of the three kernels: QK, AV, and the gradient of AV's value."""
-    implementations, repeats = arguments.implementations, arguments.repeats
     query, key, value, d_out = report.draw(problem, dtype, seed=0)
     window = problem.window
     shape = (*query.shape[:-1], math.prod(problem.kernel_size))
@@ -166,20 +175,21 @@ def compare_unfused(problem, arguments, dtype):
         ("IN", inverse, (weights, d_out), "av"),
     ):
         functions = {i: make(i) for i in implementations}
-        times = time_chains({i: last_operand_chain(f) for i, f in functions.items()}, arrays, repeats)
-        error = report.unfused_error(name, problem, arrays, jax.jit(functions[implementations[0]])(*arrays))
-        yield row(problem, name, times, implementations[0], *report.cost(problem, dtype, operation), error, dtype)
+        times = time_chains({i: last_operand_chain(f) for i, f in functions.items()}, arrays, arguments.repeats)
+        first = first_timed(implementations, times)
+        error = report.unfused_error(name, problem, arrays, jax.jit(functions[first])(*arrays))
+        yield row(problem, name, times, first, *report.cost(problem, dtype, operation), error, dtype)
 
 
 def row(problem, direction, times, first, operations, moved, error, dtype) -> dict:
     """A line of the table. Fractions of the peak are left out for a device that PEAKS does not list."""
     seconds = times[first]
-    line = {"problem": problem.name, "direction": direction}
+    line = {"problem": problem.name, "direction": direction, "implementation": first}
     line |= {f"{name} ms": 1e3 * t if isinstance(t, float) else t for name, t in times.items() if name != "dense"}
     dense = times.get("dense", "-")
     timed = isinstance(seconds, float)
     line["dense ms"] = 1e3 * dense if isinstance(dense, float) else dense
-    line[f"dense / {first}"] = dense / seconds if timed and isinstance(dense, float) else "-"
+    line["speed-up over dense"] = dense / seconds if timed and isinstance(dense, float) else "-"
     bandwidth, rates = PEAKS.get(jax.devices()[0].device_kind, (math.nan, {}))
     rate, flow = (operations / seconds, moved / seconds) if timed else (math.nan, math.nan)
     line |= {"useful TFLOP/s": rate / 1e12, "of peak": rate / rates.get(dtype.itemsize, math.nan)}
