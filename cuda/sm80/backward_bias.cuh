@@ -148,7 +148,7 @@ struct BackwardBias : FusedBackward<Traits> {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 4)
+__global__ void __launch_bounds__(Traits::kThreads, sizeof(typename Traits::T) == 4 ? 2 : 4)
     backward_bias_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   BackwardBias<Traits>(params, *reinterpret_cast<BiasShared<Traits>*>(shared_memory)).run();

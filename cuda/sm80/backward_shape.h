@@ -29,10 +29,10 @@ constexpr BackwardShape backward_shape(int element_bytes, int dim, Pass pass) {
   }
   // float32 as sums of two numbers takes twice the registers for its operands.
   const bool wide = element_bytes == 4;
-  if (row_bytes <= 128) return {64, keys && wide ? 32 : 64, 2, 1};
-  if (row_bytes <= 256) return {64, keys || wide ? 32 : 64, 2, 1};
+  if (row_bytes <= 128) return {64, wide ? 32 : 64, 2, 1};
+  if (row_bytes <= 256) return {64, keys && wide ? 16 : keys || wide ? 32 : 64, 2, 1};
   if (row_bytes <= 384) return {64, keys ? 16 : 32, 2, 1};
-  if (row_bytes <= 512) return keys ? BackwardShape{32, 32, 2, 2} : BackwardShape{64, 16, 2, 1};
+  if (row_bytes <= 512) return keys ? BackwardShape{32, wide ? 16 : 32, 2, 2} : BackwardShape{64, 16, 2, 1};
   if (row_bytes <= 768) return {32, 16, 2, keys ? 2 : 1};
   return {32, 16, 1, keys ? 2 : 1};
 }

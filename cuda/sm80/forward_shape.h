@@ -32,7 +32,8 @@ struct ForwardShape {
 // windows want. The number of keys is what fits into 99 KB twice, beside the queries if they stay.
 constexpr ForwardShape forward_shape(int element_bytes, int dim, int rows) {
   const int row_bytes = element_bytes * dim;
-  const bool in_registers = rows == 64 && row_bytes <= 256;
+  // Float32 needs the registers for operands in two parts.
+  const bool in_registers = element_bytes == 2 && rows == 64 && row_bytes <= 256;
   return {row_bytes <= 256   ? 64
           : row_bytes <= 512 ? 32
                              : 16,

@@ -16,7 +16,7 @@ using Fragment = uint32_t[4];
 template <typename T>
 struct HalfNumbers {
   using Element = T;
-  static constexpr int kStepChannels = 16;
+  static constexpr int kStepChannels = 16, kUnrolledSteps = 16;
 
   struct Left {
     uint32_t word[4];
@@ -31,9 +31,10 @@ struct HalfNumbers {
   }
 };
 
+// How many steps of a product are unrolled: with more, those of float32 have more operands in flight than registers.
 struct FloatNumbers {
   using Element = float;
-  static constexpr int kStepChannels = 8;
+  static constexpr int kStepChannels = 8, kUnrolledSteps = 4;
 };
 
 // float32 rounded to tf32.
@@ -79,10 +80,16 @@ struct SplitTf32Numbers : FloatNumbers {
     split(b1, r.big[1], r.small[1]);
     return r;
   }
+  // Tensor cores add by truncation, which over a long sum drifts far beyond the rounding of float32: they add no more
+  // than the products of one step.
   static __device__ __forceinline__ void multiply_add(float* d, const Left& a, const Right& b) {
-    ptx::mma_tf32(d, a.small, b.big[0], b.big[1]);
-    ptx::mma_tf32(d, a.big, b.small[0], b.small[1]);
-    ptx::mma_tf32(d, a.big, b.big[0], b.big[1]);
+    float step[4];
+    ptx::mma_tf32_from_zero(step, a.small, b.big[0], b.big[1]);
+    ptx::mma_tf32(step, a.big, b.small[0], b.small[1]);
+    ptx::mma_tf32(step, a.big, b.big[0], b.big[1]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d[e] += step[e];
+    ptx::keep_order(d);  // else the compiler has many steps in flight, for which there are no registers
   }
 };
 

@@ -30,7 +30,7 @@ template <class Numbers, class RightTile, int kBlocks, int kCount, typename Load
 __device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount], uint32_t right, LoadLeft load_left) {
   constexpr int kSteps = RightTile::kRowBytes / 32;
   static_assert(kCount == RightTile::kRows / 2, "a fragment of as many columns as the right side has rows");
-#pragma unroll
+#pragma unroll Numbers::kUnrolledSteps
   for (int k = 0; k < kSteps; ++k) {
     typename Numbers::Left left[kBlocks];
 #pragma unroll

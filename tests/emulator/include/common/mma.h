@@ -38,6 +38,15 @@ inline void load_matrix(const char* what, uint32_t* r, uint32_t address, emulato
       where);
 }
 
+// To float, toward zero: so do tensor cores round what they add up, which a long sum of products must not rely on.
+inline float truncated(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  bits &= ~((uint64_t(1) << 29) - 1);
+  memcpy(&x, &bits, 8);
+  return float(x);
+}
+
 struct MmaOperand {
   float* d;
   const uint32_t* a;
@@ -56,15 +65,15 @@ inline void multiply(void** operands, ToFloats to_floats) {
     for (int r = 0; r < 4; ++r) to_floats(operand->a[r], &a[row + 8 * (r % 2)][column + 4 * kWidth * (r / 2)], 1);
     for (int r = 0; r < 2; ++r) to_floats(operand->b[r], &b[column + 4 * kWidth * r][row], 8);
   }
-  float d[16][8] = {};
+  double d[16][8] = {};
   for (int i = 0; i < 16; ++i) {
     for (int k = 0; k < kDepth; ++k) {
-      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+      for (int j = 0; j < 8; ++j) d[i][j] += double(a[i][k]) * b[k][j];
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     float* to = static_cast<MmaOperand*>(operands[lane])->d;
-    for (int e = 0; e < 4; ++e) to[e] += d[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2];
+    for (int e = 0; e < 4; ++e) to[e] = truncated(to[e] + d[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
   }
 }
 
@@ -124,5 +133,12 @@ inline void mma_tf32(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
       },
       emulator::Where::here());
 }
+
+inline void mma_tf32_from_zero(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0;
+  mma_tf32(d, a, b0, b1);
+}
+
+inline void keep_order(float*) {}
 
 }  // namespace jax_natten::ptx
