@@ -136,7 +136,7 @@ def why_not(problem: Problem, tiles: Tiles | None = None) -> str | None:
     described = _described(problem)
     try:
         if tiles is None:
-            return native.model.sm90_why_not(*described)
+            return native.model.sm90_why_not(*described, problem.operation)
         return native.model.sm90_why_not_tiles(*described, tiles.fields())
     except ValueError as error:  # sizes that no kernel could be told
         return str(error)

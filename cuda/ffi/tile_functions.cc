@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../sm80/limits.h"
+#include "../sm90/backward_choose.h"
 #include "../sm90/choose.h"
 #include "../sm90/plan.h"
 
@@ -89,7 +90,10 @@ Reason sm80_why_not(const FusedShape& shape, std::string operation) {
                                                               : sm80::Operation::kIn));
 }
 
-Reason sm90_why_not(const FusedShape& shape) { return reason_of(sm90::why_not(shape)); }
+// `operation`: likewise, one of the fused ones.
+Reason sm90_why_not(const FusedShape& shape, std::string operation) {
+  return reason_of(operation == "fused_backward" ? sm90::why_not_backward(shape) : sm90::why_not(shape));
+}
 
 Reason sm90_why_not_tiles(const FusedShape& shape, Ints tiles) {
   sm90::Plan plan;
