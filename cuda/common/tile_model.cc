@@ -110,13 +110,13 @@ void for_each_run_of_keys(const Group& group, int query_tile, Visit visit) {
   const int shrinking = period(std::lcm(begins_step, int64_t(query_tile)));
   const auto first_beginning_at = [&](int key) { return std::min(divide_up(key, group.query_tile), whole_tiles); };
   const auto first_ending_past = [&](int key) { return key / group.query_tile; };
-  const int short_of_queries = first_tile(
-      whole_tiles, [&](int t) { return group.length - group.window(group.last(t)).begin < 2 * query_tile; });
+  const int short_of_queries =
+      first_tile(whole_tiles, [&](int t) { return group.length - group.window(group.last(t)).begin < 2 * query_tile; });
 
   const int linear_end = std::max(first_beginning_at(greater), short_of_queries);
-  const RunEnd ends[] = {{first_ending_past(lesser), growing},  {first_beginning_at(lesser), 0},
-                         {first_ending_past(greater), between}, {first_beginning_at(greater), 0},
-                         {linear_end, shrinking},               {tiles, 0}};
+  const RunEnd ends[] = {
+      {first_ending_past(lesser), growing}, {first_beginning_at(lesser), 0}, {first_ending_past(greater), between},
+      {first_beginning_at(greater), 0},     {linear_end, shrinking},         {tiles, 0}};
   visit_runs(ends, visit);
 }
 

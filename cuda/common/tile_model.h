@@ -2,8 +2,8 @@
 //
 // Everything that tiling.h decides about a query tile is a product of decisions per axis, so that sums over all tiles
 // are products of sums per axis. Along an axis, tiles far from the ends repeat with the period of the stride, and tiles
-// whose windows are all held by an end are alike, or grow or shrink steadily; the sums below evaluate one period of each
-// such run. For the walk over the queries of keys read, as there, key for query and query for key.
+// whose windows are all held by an end are alike, or grow or shrink steadily; the sums below evaluate one period of
+// each such run. For the walk over the queries of keys read, as there, key for query and query for key.
 // tests/cpp/test_tile_model.cc compares with a walk over the tiles through tiling.h.
 #pragma once
 

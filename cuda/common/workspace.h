@@ -1,9 +1,9 @@
 // Sizes of the workspaces that the operations with two-stage reductions get as an extra result.
 //
-// jax_natten/primitives/workspace.py reserves exactly these sizes; the FFI layer checks that what it needs is there. Reductions over all
-// positions of the grid (the gradients of the relative position bias and of the additional keys and values) are done
-// in two stages so that they are deterministic: stage one writes one partial sum for each of `reduction_chunks`
-// contiguous chunks of flattened positions, stage two adds the partials in order.
+// jax_natten/primitives/workspace.py reserves exactly these sizes; the FFI layer checks that what it needs is there.
+// Reductions over all positions of the grid (the gradients of the relative position bias and of the additional keys and
+// values) are done in two stages so that they are deterministic: stage one writes one partial sum for each of
+// `reduction_chunks` contiguous chunks of flattened positions, stage two adds the partials in order.
 #pragma once
 
 #include "params.h"

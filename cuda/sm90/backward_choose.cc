@@ -32,8 +32,7 @@ class PassSearch {
     const int least = smallest_of(column_sizes, compiled.columns);
     PassPlan plan;
     plan.small = small;
-    for (const QueryShape& rows :
-         query_shapes(shape_.neighborhood, counts_, compiled.parts, kPartRows, kMostShapes)) {
+    for (const QueryShape& rows : query_shapes(shape_.neighborhood, counts_, compiled.parts, kPartRows, kMostShapes)) {
       copy(rows.tile, plan.query_tile);
       copy(rows.part, plan.query_part);
       each_triple(column_sizes, least, compiled.columns, [&](const Triple& columns) {

@@ -18,8 +18,8 @@ struct PassCandidate {
   double score;  // seconds, with a preference among plans of equal work
 };
 
-// The `count` plans that are expected to be fastest, best first; fewer if there are not so many. None for a problem that
-// no kernel takes or that is empty.
+// The `count` plans that are expected to be fastest, best first; fewer if there are not so many. None for a problem
+// that no kernel takes or that is empty.
 std::vector<PassCandidate> rank_pass_plans(Walk pass, const FusedShape& shape, int processors, int count);
 
 // The best plans, remembered by problem; false if there are none. Thread-safe.

@@ -55,14 +55,14 @@ PassCostModel::PassCostModel(Walk pass, const FusedShape& shape, int processors)
   repeats = double(shape.batch) * row_heads(pass, shape);
   group = pass == kQueryPass ? 1 : shape.group();
   pairs = repeats * group * count_pairs(shape.neighborhood);
-  // The query pass reads queries, keys, values, out and d_out and writes d_query; the key pass reads queries, d_out, keys
-  // and values and writes d_key and d_value. Of the four floats per query and head each reads two; the query pass
+  // The query pass reads queries, keys, values, out and d_out and writes d_query; the key pass reads queries, d_out,
+  // keys and values and writes d_key and d_value. Of the four floats per query and head each reads two; the query pass
   // writes the other two.
   const double positions = double(shape.batch) * shape.neighborhood.positions();
   const double of_queries = pass == kQueryPass ? 4 : 2, of_keys = pass == kQueryPass ? 2 : 4;
   const double floats = pass == kQueryPass ? 4 : 2;
-  const double bytes = positions * (2 * shape.dim * (of_queries * shape.heads + of_keys * shape.kv_heads) +
-                                    4 * floats * shape.heads);
+  const double bytes =
+      positions * (2 * shape.dim * (of_queries * shape.heads + of_keys * shape.kv_heads) + 4 * floats * shape.heads);
   memory = bytes / kMemoryBytesPerSecond;
 }
 

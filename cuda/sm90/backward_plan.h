@@ -22,8 +22,8 @@ struct BackwardPlan {
 // Heads whose rows a pass keeps.
 inline int row_heads(Walk pass, const FusedShape& shape) { return pass == kQueryPass ? shape.heads : shape.kv_heads; }
 
-// Why none of the backward's kernels can take a problem, in words that follow the name of the implementation; nullptr if
-// they can.
+// Why none of the backward's kernels can take a problem, in words that follow the name of the implementation; nullptr
+// if they can.
 const char* why_not_any_backward(const FusedShape& shape);
 
 // Why a plan does not fit a problem; nullptr if it does. The first is about one pass, whose problem is one that the

@@ -1,5 +1,5 @@
-// What searches for plans have in common: sizes of tiles worth trying, counts by axis found once, the best candidates so
-// far, and choices remembered by problem. Plain host code without CUDA.
+// What searches for plans have in common: sizes of tiles worth trying, counts by axis found once, the best candidates
+// so far, and choices remembered by problem. Plain host code without CUDA.
 #pragma once
 
 #include <algorithm>
@@ -83,8 +83,8 @@ class AxisCounts {
 std::vector<QueryShape> query_shapes(const Neighborhood& neighborhood, AxisCounts& counts, int parts, int most,
                                      size_t count);
 
-// Plans of equal work differ little. Those that were measured to be best have key tiles shaped as their query tiles, and
-// boxes that are compact and short along the innermost axis. A factor of the seconds.
+// Plans of equal work differ little. Those that were measured to be best have key tiles shaped as their query tiles,
+// and boxes that are compact and short along the innermost axis. A factor of the seconds.
 double preference(const Tiles& tiles, int rank);
 
 // The candidates with the least scores so far.
