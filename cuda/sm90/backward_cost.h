@@ -15,6 +15,7 @@ struct PassCostModel {
   bool is_padded(const PassPlan& plan) const;
 
   const Walk pass;
+  const int rank;
   const int dim;  // that is compiled
   const int processors;
   double repeats;  // heads of rows and batch elements
