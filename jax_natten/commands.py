@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -40,14 +41,47 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
 def simulate(arguments: argparse.Namespace) -> int:
     """Prints what the cost model of the Hopper kernels expects."""
     problem, asked = _problem(arguments)
+    if arguments.backward:
+        return _simulate_backward(problem, asked, arguments)
     found = tiles.simulate(problem, asked, processors=arguments.processors, count=arguments.count)
     best = found[0]
     print(_describe(problem))
+    print("\n".join(_table([("best" if n == 0 and asked is None else "", each) for n, each in enumerate(found)])))
+    print(
+        f"\n{best.query_tiles:.6g} query tiles; visited: key tiles per query tile. Dense attention: "
+        f"{1e3 * best.dense_seconds:.4g} ms. {best.pairs:.4g} pairs in windows, "
+        f"{4e-12 * best.pairs * problem.head_dim / best.seconds:.4g} useful TFLOP/s. Counts are exact, "
+        "times those of a model of an H200."
+    )
+    return 0
+
+
+def _simulate_backward(problem: dispatch.Problem, asked, arguments: argparse.Namespace) -> int:
+    if asked is not None:
+        raise ValueError("tiles are those of a forward; the backward's cannot be asked for")
+    problem = dataclasses.replace(problem, operation="fused_backward")
+    found = tiles.simulate_backward(problem, processors=arguments.processors, count=arguments.count)
+    print(_describe(problem))
+    names = {"query": "dQ", "key": "dK, dV"}
+    rows = [(names[name] if n == 0 else "", each) for name in found for n, each in enumerate(found[name])]
+    print("\n".join(_table(rows)))
+    best = [each[0] for each in found.values()]
+    seconds = sum(each.seconds for each in best)
+    print(
+        f"\nTwo passes: tiles are of rows, which stay, and of columns, which stream past: of queries and keys, and of "
+        f"keys and queries; visited: column tiles per row tile. Best tiles of both: {1e3 * seconds:.4g} ms, "
+        f"{10e-12 * best[0].pairs * problem.head_dim / seconds:.4g} useful TFLOP/s; dense attention: "
+        f"{1e3 * sum(each.dense_seconds for each in best):.4g} ms. Counts are exact, times those of a model of an H100."
+    )
+    return 0
+
+
+def _table(found: list[tuple[str, tiles.Simulation]]) -> list[str]:
     rows = [("", "tiles", "time", "speed-up", "visited", "useful", "masked", "bound")]
-    for n, each in enumerate(found):
+    for label, each in found:
         rows.append(
             (
-                "best" if n == 0 and asked is None else "",
+                label,
                 spell(each.tiles),
                 f"{1e3 * each.seconds:.4g} ms",
                 f"{each.speedup:.2f}x",
@@ -57,14 +91,7 @@ def simulate(arguments: argparse.Namespace) -> int:
                 each.bound,
             )
         )
-    print("\n".join(align(rows)))
-    print(
-        f"\n{best.query_tiles:.6g} query tiles; visited: key tiles per query tile. Dense attention: "
-        f"{1e3 * best.dense_seconds:.4g} ms. {best.pairs:.4g} pairs in windows, "
-        f"{4e-12 * best.pairs * problem.head_dim / best.seconds:.4g} useful TFLOP/s. Counts are exact, "
-        "times those of a model of an H200."
-    )
-    return 0
+    return align(rows)
 
 
 def profile(arguments: argparse.Namespace) -> int:
@@ -106,11 +133,13 @@ def align(rows) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def spell(asked: tiles.Tiles) -> str:
-    """Tiles as the command line takes them."""
+def spell(asked: tiles.Tiles | tiles.PassTiles) -> str:
+    """Tiles as the command line takes them, and those of the backward likewise."""
     boxes = ("x".join(map(str, box)) for box in (asked.query_tile, asked.query_part, asked.key_tile))
     text = ":".join((asked.structure, *boxes))
-    return text if asked.structure == "wide" else f"{text}:{asked.heads},{asked.slots},{asked.stages}"
+    if isinstance(asked, tiles.PassTiles) or asked.structure == "wide":
+        return text
+    return f"{text}:{asked.heads},{asked.slots},{asked.stages}"
 
 
 def _measure(problem: dispatch.Problem, requested, asked) -> float:

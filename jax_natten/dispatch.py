@@ -5,7 +5,7 @@ An implementation is a set of kernels behind the same primitives:
 ========  =========  ===============================================================================
 name      platforms  what it is
 ========  =========  ===============================================================================
-"sm90"    CUDA       tensor-core kernels for Hopper: the fused forward in float16 and bfloat16
+"sm90"    CUDA       tensor-core kernels for Hopper: the fused operations in float16 and bfloat16
 "sm80"    CUDA       tensor-core kernels for compute capability 8.0 and later: every operation in
                      float16, bfloat16 and float32, head dims up to 256
 "naive"   CUDA       direct CUDA kernels, one query at a time; takes every case
@@ -76,7 +76,7 @@ def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def why_not(name: str, problem: Problem) -> str | None:
     """The limit that keeps implementation ``name`` from taking this problem on its own platform, or None."""
-    if name == "sm90" and problem.operation == "fused_forward":
+    if name == "sm90" and problem.operation in ("fused_forward", "fused_backward"):
         reason = tiles.why_not(problem)
         return reason and f"{name!r} {reason}"
     if name == "sm80":

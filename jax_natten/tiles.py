@@ -76,11 +76,31 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
+class PassTiles:
+    """How one of the two passes of the fused backward is cut.
+
+    Rows are what stays in shared memory, columns what streams past: queries and keys in the pass that computes the
+    gradient of the queries, keys and queries in the one that computes those of the keys and values.
+
+    Attributes:
+      structure: "large" or "small", the variant for small windows.
+      query_tile: rows that one thread block works on, per grid axis.
+      query_part: of those, rows of one warpgroup.
+      key_tile: columns that are loaded together.
+    """
+
+    structure: str
+    query_tile: tuple[int, ...]
+    query_part: tuple[int, ...]
+    key_tile: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Simulation:
     """What the cost model expects of tiles. Counts are of all heads and batch elements.
 
     Attributes:
-      tiles: the tiles.
+      tiles: the tiles. Of a pass of the backward read, below, row for query and column for key.
       seconds: expected time of the kernel.
       compute, shared_memory, memory: seconds that products and softmax need, that copies of keys and values to shared
         memory need, and to read inputs and write outputs once; ``bound`` names the largest.
@@ -93,7 +113,7 @@ class Simulation:
       dense_seconds: expected time of attention without windows.
     """
 
-    tiles: Tiles
+    tiles: Tiles | PassTiles
     seconds: float
     compute: float
     shared_memory: float
@@ -136,7 +156,7 @@ def why_not(problem: Problem, tiles: Tiles | None = None) -> str | None:
     described = _described(problem)
     try:
         if tiles is None:
-            return native.model.sm90_why_not(*described)
+            return native.model.sm90_why_not(*described, problem.operation)
         return native.model.sm90_why_not_tiles(*described, tiles.fields())
     except ValueError as error:  # sizes that no kernel could be told
         return str(error)
@@ -176,6 +196,49 @@ def simulate(
     dense = _dense(problem)
     dense_seconds = _predict(dense, _rank(dense, processors, 1)[0], processors)["seconds"]
     return [Simulation(t, dense_seconds=dense_seconds, **_predict(problem, t, processors)) for t in choice]
+
+
+def simulate_backward(
+    problem: Problem, *, processors: int | None = None, count: int = 1
+) -> dict[str, list[Simulation]]:
+    """What the cost model expects of the two passes of a backward, for the ``count`` best tiles of each.
+
+    Args:
+      problem: a fused backward.
+      processors: multiprocessors of the GPU, by default those of an H200.
+      count: how many tiles at most, per pass.
+
+    Returns:
+      By pass, "query" and "key"; best first. The time of a backward is the sum of its passes.
+
+    Raises:
+      RuntimeError: the library was not built.
+      ValueError: no Hopper kernel takes the problem.
+    """
+    library = _library()
+    reason = why_not(problem)
+    if reason is not None:
+        raise ValueError(f"cannot be simulated: 'sm90' {reason}")
+    processors = library.sm90_processors if processors is None else processors
+    rank = problem.neighborhood.rank
+    dense = _dense(problem)
+    found = {}
+    for name in ("query", "key"):
+        ranked = library.sm90_rank_pass(*_described(problem), name, processors, count)
+        if not ranked:
+            raise ValueError("cannot be simulated: there is nothing to compute")
+        ((_, of_dense),) = library.sm90_rank_pass(*_described(dense), name, processors, 1)
+        found[name] = [
+            Simulation(_pass_tiles(fields, rank), dense_seconds=of_dense["seconds"], **expected)
+            for fields, expected in ranked
+        ]
+    return found
+
+
+def _pass_tiles(fields: Sequence[int], rank: int) -> PassTiles:
+    small, *sizes = fields
+    row_tile, row_part, column_tile = (tuple(sizes[n + MAX_RANK - rank : n + MAX_RANK]) for n in (0, 3, 6))
+    return PassTiles("small" if small else "large", row_tile, row_part, column_tile)
 
 
 def _rank(problem: Problem, processors: int, count: int) -> list[Tiles]:

@@ -49,6 +49,12 @@ def test_hopper_kernels(environment):
     run(environment, "tests/gpu/test_sm90.py", "-k", f"({chosen}) and not two_to_the_31")
 
 
+def test_hopper_backward_kernels(environment):
+    chosen = "(scale and 32) or (small_problem and 128) or refused or empty or (shared and 8-float16) or vmap or (output_alone and 64)"
+    chosen += " or (every_head_dim and bfloat16 and (64 or 200)) or (hard_problems and d128)"
+    run(environment, "tests/gpu/test_sm90_backward.py", "-k", f"({chosen}) and not two_to_the_31")
+
+
 def test_sm80_kernels(environment):
     # Of head dims only those whose kernels the module has: compiling all takes minutes.
     dims = "(every_head_dim and ([8- or [24- or [256- or (([80- or [96-) and not float32)))"

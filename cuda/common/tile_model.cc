@@ -12,11 +12,15 @@ int divide_up(int x, int y) { return (x + y - 1) / y; }
 struct Group {
   const Axis& axis;
   int length, query_tile;
+  Walk walk;
 
   int first(int tile) const { return tile * query_tile; }
   int last(int tile) const { return std::min(first(tile) + query_tile, length) - 1; }
   int tiles() const { return divide_up(length, query_tile); }
-  Interval window(int query) const { return window_of_query(axis, query, length); }
+  // The keys that a query sees, or the queries that see a key.
+  Interval window(int query) const {
+    return walk == Walk::kKeysOfQueries ? window_of_query(axis, query, length) : queries_of_key(axis, query, length);
+  }
 
   // Where the window of a query would begin if the group had no ends.
   int64_t free_begin(int query) const {
@@ -46,13 +50,28 @@ int first_tile(int tiles, Predicate predicate) {
   return low;
 }
 
-// Calls `visit` with runs that make up all tiles of a group. Windows are held by an end or not:
+// Ends of consecutive runs and their periods; 0: every tile on its own.
+struct RunEnd {
+  int end, period;
+};
+
+template <size_t count, typename Visit>
+void visit_runs(const RunEnd (&ends)[count], Visit visit) {
+  int begin = 0;
+  for (const RunEnd& run : ends) {
+    const int end = std::max(begin, run.end);
+    if (end > begin) visit(Run{begin, end - begin, run.period == 0 ? end - begin : run.period});
+    begin = end;
+  }
+}
+
+// Calls `visit` with runs that make up all tiles of a group of queries. Windows are held by an end or not:
 //   held by the first position: they begin at 0; causal ones end later and later
 //   free: tiles repeat with the stride
 //   held by the last position: they begin at length - window (causal ones too, once the stride block is cut off)
 // Tiles that are partly the one and partly the other make runs of their own.
 template <typename Visit>
-void for_each_run(const Group& group, int key_tile, Visit visit) {
+void for_each_run_of_queries(const Group& group, int key_tile, Visit visit) {
   const Axis& axis = group.axis;
   const int tiles = group.tiles(), whole_tiles = group.length / group.query_tile;
   const int growing = axis.causal ? key_tile / std::gcd(key_tile, group.query_tile) : 1;
@@ -66,13 +85,47 @@ void for_each_run(const Group& group, int key_tile, Visit visit) {
   const int high_begin = first_tile(
       whole_tiles, [&](int t) { return axis.causal ? group.cut_off(group.first(t)) : held_high(group.first(t)); });
 
-  const int ends[] = {low_end, free_begin, free_end, high_begin, whole_tiles, tiles};
-  const int periods[] = {growing, 0, sliding, 0, growing, 0};  // 0: every tile on its own
-  int begin = 0;
-  for (int n = 0; n < 6; ++n) {
-    const int end = std::max(begin, ends[n]);
-    if (end > begin) visit(Run{begin, end - begin, periods[n] == 0 ? end - begin : periods[n]});
-    begin = end;
+  const RunEnd ends[] = {{low_end, growing}, {free_begin, 0},        {free_end, sliding},
+                         {high_begin, 0},    {whole_tiles, growing}, {tiles, 0}};
+  visit_runs(ends, visit);
+}
+
+// The same for a group of keys. The queries that see a key
+//   begin with the first position for keys before `window` (of causal axes: for none), and end later and later
+//   end with the last position for the last `window` keys, and begin later and later
+//   move with the stride for keys that are neither
+//   are all of them for keys that are both
+// Among tiles of the second kind, the intersection of a part's intervals may come to hold no whole query tile. Those
+// close to that, by the end of the group, are counted on their own.
+template <typename Visit>
+void for_each_run_of_keys(const Group& group, int query_tile, Visit visit) {
+  const Axis& axis = group.axis;
+  const int tiles = group.tiles(), whole_tiles = group.length / group.query_tile;
+  const int low = axis.causal ? 0 : axis.window, high = group.length - axis.window;
+  const int lesser = std::min(low, high), greater = std::max(low, high);
+  const int64_t begins_step = axis.causal ? 1 : axis.stride, ends_step = axis.stride;
+  const auto period = [&](int64_t unit) { return int(unit / std::gcd(unit, int64_t(group.query_tile))); };
+  const int growing = period(std::lcm(ends_step, int64_t(query_tile)));
+  const int between = low < high ? period(axis.stride) : 1;
+  const int shrinking = period(std::lcm(begins_step, int64_t(query_tile)));
+  const auto first_beginning_at = [&](int key) { return std::min(divide_up(key, group.query_tile), whole_tiles); };
+  const auto first_ending_past = [&](int key) { return key / group.query_tile; };
+  const int short_of_queries =
+      first_tile(whole_tiles, [&](int t) { return group.length - group.window(group.last(t)).begin < 2 * query_tile; });
+
+  const int linear_end = std::max(first_beginning_at(greater), short_of_queries);
+  const RunEnd ends[] = {
+      {first_ending_past(lesser), growing}, {first_beginning_at(lesser), 0}, {first_ending_past(greater), between},
+      {first_beginning_at(greater), 0},     {linear_end, shrinking},         {tiles, 0}};
+  visit_runs(ends, visit);
+}
+
+template <typename Visit>
+void for_each_run(const Group& group, int key_tile, Visit visit) {
+  if (group.walk == Walk::kKeysOfQueries) {
+    for_each_run_of_queries(group, key_tile, visit);
+  } else {
+    for_each_run_of_keys(group, key_tile, visit);
   }
 }
 
@@ -126,10 +179,10 @@ void for_each_length(const Axis& axis, Visit visit) {
 
 }  // namespace
 
-AxisTileCounts count_axis_tiles(const Axis& axis, int query_tile, int query_part, int key_tile) {
+AxisTileCounts count_axis_tiles(const Axis& axis, int query_tile, int query_part, int key_tile, Walk walk) {
   AxisTileCounts sum;
   for_each_length(axis, [&](int length, int groups) {
-    const Group group{axis, length, query_tile};
+    const Group group{axis, length, query_tile, walk};
     for_each_run(group, key_tile,
                  [&](const Run& run) { add(sum, count_run(group, query_part, key_tile, run), groups); });
   });
@@ -151,10 +204,10 @@ TileCounts count_tiles(const AxisTileCounts (&axes)[kMaxRank], bool padded) {
 }
 
 TileCounts count_tiles(const Neighborhood& neighborhood, const int (&query_tile)[kMaxRank],
-                       const int (&query_part)[kMaxRank], const int (&key_tile)[kMaxRank], bool padded) {
+                       const int (&query_part)[kMaxRank], const int (&key_tile)[kMaxRank], bool padded, Walk walk) {
   AxisTileCounts axes[kMaxRank];
   for (int a = 0; a < kMaxRank; ++a) {
-    axes[a] = count_axis_tiles(neighborhood.axes[a], query_tile[a], query_part[a], key_tile[a]);
+    axes[a] = count_axis_tiles(neighborhood.axes[a], query_tile[a], query_part[a], key_tile[a], walk);
   }
   return count_tiles(axes, padded);
 }
@@ -168,7 +221,7 @@ double count_pairs(const Neighborhood& neighborhood) {
 int most_keys_of_queries(const Axis& axis, int queries) {
   int most = 0;
   for_each_length(axis, [&](int length, int) {
-    const Group group{axis, length, queries};
+    const Group group{axis, length, queries, Walk::kKeysOfQueries};
     for_each_run(group, 1, [&](const Run& run) {
       const auto look_at = [&](int begin, int count) {
         for (int t = begin; t < begin + count; ++t) {

@@ -2,13 +2,14 @@
 //
 // Everything that tiling.h decides about a query tile is a product of decisions per axis, so that sums over all tiles
 // are products of sums per axis. Along an axis, tiles far from the ends repeat with the period of the stride, and tiles
-// whose windows are all held by an end are alike or grow steadily; the sums below evaluate one period of each such run.
+// whose windows are all held by an end are alike, or grow or shrink steadily; the sums below evaluate one period of
+// each such run. For the walk over the queries of keys read, as there, key for query and query for key.
 // tests/cpp/test_tile_model.cc compares with a walk over the tiles through tiling.h.
 #pragma once
 
 #include <cstdint>
 
-#include "neighborhood.h"
+#include "tiling.h"
 
 namespace jax_natten {
 
@@ -21,7 +22,8 @@ struct AxisTileCounts {
   int64_t whole = 0;        // of those, key tiles that all of the part's queries see whole
 };
 
-AxisTileCounts count_axis_tiles(const Axis& axis, int query_tile, int query_part, int key_tile);
+AxisTileCounts count_axis_tiles(const Axis& axis, int query_tile, int query_part, int key_tile,
+                                Walk walk = Walk::kKeysOfQueries);
 
 // The same for all axes of a problem, for one head of one batch element.
 struct TileCounts {
@@ -33,7 +35,8 @@ struct TileCounts {
 // `padded`: key tiles have columns beyond their keys, so that each of them is masked.
 TileCounts count_tiles(const AxisTileCounts (&axes)[kMaxRank], bool padded);
 TileCounts count_tiles(const Neighborhood& neighborhood, const int (&query_tile)[kMaxRank],
-                       const int (&query_part)[kMaxRank], const int (&key_tile)[kMaxRank], bool padded);
+                       const int (&query_part)[kMaxRank], const int (&key_tile)[kMaxRank], bool padded,
+                       Walk walk = Walk::kKeysOfQueries);
 
 // Query-key pairs, for one head of one batch element: the useful work.
 double count_pairs(const Neighborhood& neighborhood);

@@ -34,6 +34,7 @@ constexpr Implementation<FusedForwardParams> kFusedForward[] = {
     {"naive", any_device, naive::fused_forward},
 };
 constexpr Implementation<FusedBackwardParams> kFusedBackward[] = {
+    {"sm90", sm90::runs_on, sm90::fused_backward, sm90::why_not_backward_call},
     {"sm80", sm80::runs_on, sm80::fused_backward_call, sm80::why_not_backward_call},
     {"naive", any_device, naive::fused_backward},
 };

@@ -394,7 +394,7 @@ ffi::Error decode(const CallFrame& frame, FusedBackwardParams& params, std::stri
       decoder.result("d_additional_values", Element::kInput, {kBatch, kAdditional, kKvHeads, kValueDim});
   params.d_bias = decoder.result("d_bias", Element::kAccumulation, {kBiasBatch, kBiasHeads, kBiasTable});
   params.workspace = decoder.workspace(&params.workspace_size);
-  if (!decoder.failed()) check_workspace(decoder, params.workspace_size, fused_backward_workspace(params));
+  if (!decoder.failed()) check_workspace(decoder, params.workspace_size, least_fused_backward_workspace(params));
   return decoder.finish();
 }
 

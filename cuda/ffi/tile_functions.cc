@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../sm80/limits.h"
+#include "../sm90/backward_choose.h"
 #include "../sm90/choose.h"
 #include "../sm90/plan.h"
 
@@ -89,7 +90,10 @@ Reason sm80_why_not(const FusedShape& shape, std::string operation) {
                                                               : sm80::Operation::kIn));
 }
 
-Reason sm90_why_not(const FusedShape& shape) { return reason_of(sm90::why_not(shape)); }
+// `operation`: likewise, one of the fused ones.
+Reason sm90_why_not(const FusedShape& shape, std::string operation) {
+  return reason_of(operation == "fused_backward" ? sm90::why_not_backward(shape) : sm90::why_not(shape));
+}
 
 Reason sm90_why_not_tiles(const FusedShape& shape, Ints tiles) {
   sm90::Plan plan;
@@ -97,12 +101,7 @@ Reason sm90_why_not_tiles(const FusedShape& shape, Ints tiles) {
   return reason_of(sm90::why_not(shape, plan));
 }
 
-py::dict sm90_predict(const FusedShape& shape, Ints tiles, int processors) {
-  sm90::Plan plan;
-  if (const char* reason = sm90::decode_plan(tiles.data(), tiles.size(), plan)) throw std::invalid_argument(reason);
-  if (const char* reason = sm90::why_not(shape, plan)) throw std::invalid_argument(reason);
-  if (sm90::is_empty(shape)) throw std::invalid_argument("nothing to compute");
-  const sm90::Prediction p = sm90::predict(shape, plan, processors);
+py::dict described(const sm90::Prediction& p) {
   py::dict result;
   result["seconds"] = p.seconds;
   result["compute"] = p.compute;
@@ -117,11 +116,36 @@ py::dict sm90_predict(const FusedShape& shape, Ints tiles, int processors) {
   return result;
 }
 
+py::dict sm90_predict(const FusedShape& shape, Ints tiles, int processors) {
+  sm90::Plan plan;
+  if (const char* reason = sm90::decode_plan(tiles.data(), tiles.size(), plan)) throw std::invalid_argument(reason);
+  if (const char* reason = sm90::why_not(shape, plan)) throw std::invalid_argument(reason);
+  if (sm90::is_empty(shape)) throw std::invalid_argument("nothing to compute");
+  return described(sm90::predict(shape, plan, processors));
+}
+
 std::vector<Ints> sm90_rank(const FusedShape& shape, int processors, int count) {
   std::vector<Ints> ranked;
   for (const sm90::Candidate& candidate : sm90::rank_plans(shape, processors, count)) {
     const auto fields = sm90::encode_plan(candidate.plan);
     ranked.emplace_back(fields.begin(), fields.end());
+  }
+  return ranked;
+}
+
+// The best plans of a pass of the backward, "query" or "key", with what is expected of each: whether it is the variant
+// for small windows, row tile, part and column tile.
+std::vector<std::pair<Ints, py::dict>> sm90_rank_pass(const FusedShape& shape, std::string name, int processors,
+                                                      int count) {
+  const Walk pass = name == "query" ? sm90::kQueryPass : sm90::kKeyPass;
+  std::vector<std::pair<Ints, py::dict>> ranked;
+  for (const sm90::PassCandidate& candidate : sm90::rank_pass_plans(pass, shape, processors, count)) {
+    const sm90::PassPlan& plan = candidate.plan;
+    Ints fields = {plan.small};
+    for (const auto* tile : {&plan.query_tile, &plan.query_part, &plan.key_tile}) {
+      fields.insert(fields.end(), *tile, *tile + kMaxRank);
+    }
+    ranked.emplace_back(fields, described(sm90::predict_pass(pass, shape, plan, processors)));
   }
   return ranked;
 }
@@ -135,6 +159,7 @@ void add_tile_functions(py::module_& m) {
   m.def("sm90_why_not_tiles", with_shape(sm90_why_not_tiles), "Why tiles do not fit a case, or None.");
   m.def("sm90_predict", with_shape(sm90_predict), "What the cost model expects of tiles.");
   m.def("sm90_rank", with_shape(sm90_rank), "The tiles that the cost model expects to be fastest, best first.");
+  m.def("sm90_rank_pass", with_shape(sm90_rank_pass), "The same for a pass of the backward, with what it expects.");
 }
 
 }  // namespace jax_natten

@@ -30,22 +30,6 @@ FindInstance find_instances(Walk pass, int dim) {
   }
 }
 
-// Heads of the rows.
-int row_heads(Walk pass, const FusedShape& shape) { return pass == kQueryPass ? shape.heads : shape.kv_heads; }
-
-const char* why_not_pass(Walk pass, const FusedShape& shape, const PassPlan& plan) {
-  const int dim = compiled_head_dim(shape.dim);
-  if (plan.small && !has_small_shape(dim)) return "has no variant for small windows at this head dimension";
-  if (const char* reason = why_not_tiles(shape, plan, row_heads(pass, shape))) return reason;
-  const PassShape compiled = pass_shape(pass, dim, plan.small);
-  if (product(plan.query_tile) != compiled.parts * product(plan.query_part)) {
-    return compiled.parts == 2 ? "row tiles must have two parts" : "row tiles must have one part";
-  }
-  if (product(plan.query_part) > kPartRows) return "a part has at most 64 rows";
-  if (product(plan.key_tile) > compiled.columns) return "column tiles have too many columns";
-  return nullptr;
-}
-
 // The exponent of the key pass multiplies start values too: it must not be zero. Scales this small make no difference
 // to finite scores.
 bool scores_vanish(double scale) { return std::abs(scale) < 1e-30; }
@@ -132,19 +116,6 @@ cudaError_t launch_pass(Walk pass, const FusedBackwardParams& problem, const Pas
 }
 
 }  // namespace
-
-const char* why_not(const FusedShape& shape, const BackwardPlan& plan) {
-  if (const char* reason = why_not_layout(shape)) return reason;
-  if (shape.additional > 0) return "does not take additional keys yet";
-  if (shape.has_bias()) return "does not take a relative position bias yet";
-  if (shape.heads == 0) return "needs a query head";
-  if (const char* reason = why_not_pass(kQueryPass, shape, plan.query)) return reason;
-  return why_not_pass(kKeyPass, shape, plan.key);
-}
-
-int64_t backward_workspace(const FusedShape& shape) {
-  return kOperands * shape.batch * shape.neighborhood.positions() * shape.heads;
-}
 
 cudaError_t launch_backward_pass(Walk pass, const FusedBackwardParams& problem, const BackwardPlan& plan,
                                  cudaStream_t stream) {

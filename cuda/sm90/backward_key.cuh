@@ -1,4 +1,4 @@
-// The key pass of the backward: dK and dV. See backward_params.h for the formulas and backward_tiles.cuh for tiles,
+// The key pass of the backward: dK and dV. See backward_shape.h for the formulas and backward_tiles.cuh for tiles,
 // rings and the producer.
 //
 // Per column tile of queries and d_out, for each query head of the keys' group, a consumer computes

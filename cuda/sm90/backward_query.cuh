@@ -1,4 +1,4 @@
-// The query pass of the backward: delta and dQ. See backward_params.h for the formulas and backward_tiles.cuh for
+// The query pass of the backward: delta and dQ. See backward_shape.h for the formulas and backward_tiles.cuh for
 // tiles, rings and the producer.
 //
 // Per column tile of keys and values a consumer computes

@@ -1,36 +1,15 @@
 #include "choose.h"
 
 #include <algorithm>
-#include <cmath>
-#include <map>
-#include <mutex>
 #include <numeric>
-#include <unordered_map>
 
 #include "cost.h"
+#include "search.h"
 #include "warp_shape.h"
 #include "wide_shape.h"
 
 namespace jax_natten::sm90 {
 namespace {
-
-using Triple = int[kMaxRank];
-
-// Sizes of tiles worth trying along an axis, ascending: powers of two (`thirds`: and three times those) up to the first
-// that holds the longest dilation group, and the length of that.
-std::vector<int> sizes_along(const Axis& axis, int most, bool thirds) {
-  std::vector<int> sizes;
-  const int length = group_length(axis, 0);
-  for (int size = 1; size <= most; size *= 2) {
-    sizes.push_back(size);
-    if (size >= length) break;
-    if (thirds && 3 * size <= most && 3 * size < length) sizes.push_back(3 * size);
-  }
-  if (length <= most) sizes.push_back(length);
-  std::sort(sizes.begin(), sizes.end());
-  sizes.erase(std::unique(sizes.begin(), sizes.end()), sizes.end());
-  return sizes;
-}
 
 // All sizes up to `most`, and to the first that holds the longest dilation group.
 std::vector<int> all_sizes_along(const Axis& axis, int most) {
@@ -38,39 +17,6 @@ std::vector<int> all_sizes_along(const Axis& axis, int most) {
   std::iota(sizes.begin(), sizes.end(), 1);
   return sizes;
 }
-
-// Calls `visit` with triples of sizes whose product is least .. most.
-template <typename Visit>
-void each_triple(const std::vector<int> (&sizes)[kMaxRank], int least, int most, Visit visit) {
-  for (const int x0 : sizes[0]) {
-    if (x0 > most) break;
-    for (const int x1 : sizes[1]) {
-      if (x0 * x1 > most) break;
-      for (const int x2 : sizes[2]) {
-        const int all = x0 * x1 * x2;
-        if (all > most) break;
-        const Triple triple = {x0, x1, x2};
-        if (all >= least) visit(triple);
-      }
-    }
-  }
-}
-
-struct QueryShape {
-  int tile[kMaxRank], part[kMaxRank];
-  double work;  // by which shapes are compared before key tiles are looked at
-};
-
-// Keeps the `count` shapes with the least work.
-void keep_best(std::vector<QueryShape>& shapes, size_t count) {
-  const auto less = [](const QueryShape& a, const QueryShape& b) { return a.work < b.work; };
-  if (shapes.size() > count) {
-    std::nth_element(shapes.begin(), shapes.begin() + count, shapes.end(), less);
-    shapes.resize(count);
-  }
-}
-
-bool better(const Candidate& a, const Candidate& b) { return a.score < b.score; }
 
 // Enumerates plans. One member function per structure.
 class Search {
@@ -80,40 +26,23 @@ class Search {
         axes_(shape.neighborhood.axes),
         first_axis_(kMaxRank - shape.neighborhood.rank),
         model_(shape, processors),
-        count_(count) {
-    cache_.reserve(1024);
-  }
+        counts_(axes_, Walk::kKeysOfQueries),
+        best_(count) {}
 
   void wide() {
     const WideShape compiled = wide_shape(compiled_head_dim(shape_.dim));
-    std::vector<int> part_sizes[kMaxRank], key_sizes[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) {
-      part_sizes[a] = sizes_along(axes_[a], kWideGroupRows, /*thirds=*/false);
-      key_sizes[a] = sizes_along(axes_[a], compiled.keys, /*thirds=*/true);
-    }
-    std::vector<QueryShape> queries;
-    each_triple(part_sizes, smallest_of(part_sizes, kWideGroupRows), kWideGroupRows, [&](const Triple& part) {
-      for (int split = first_axis_; split < kMaxRank; ++split) {
-        QueryShape query;
-        query.work = 1;
-        for (int a = 0; a < kMaxRank; ++a) {
-          query.part[a] = part[a];
-          query.tile[a] = part[a] * (a == split ? kWideGroups : 1);
-          query.work *= double(counts(a, query.tile[a], query.tile[a], 1).visited);  // keys of all tiles
-        }
-        queries.push_back(query);
-      }
-    });
-    keep_best(queries, kMostWideShapes);
+    std::vector<int> key_sizes[kMaxRank];
+    for (int a = 0; a < kMaxRank; ++a) key_sizes[a] = sizes_along(axes_[a], compiled.keys, /*odd=*/3);
 
     Plan plan;
     plan.structure = Structure::kWide;
-    for (const QueryShape& query : queries) {
+    for (const QueryShape& query :
+         query_shapes(shape_.neighborhood, counts_, kWideGroups, kWideGroupRows, kMostWideShapes)) {
       copy(query.tile, plan.query_tile);
       copy(query.part, plan.query_part);
       each_triple(key_sizes, smallest_of(key_sizes, compiled.keys), compiled.keys, [&](const Triple& keys) {
         copy(keys, plan.key_tile);
-        propose(plan, model_.wide(plan, count(plan, product(keys) < compiled.keys)).seconds);
+        propose(plan, model_.wide(plan, counts_.count(plan, product(keys) < compiled.keys)).seconds);
       });
     }
   }
@@ -121,7 +50,7 @@ class Search {
   // Boxes hold all that a query tile sees along the inner axes. Along the outermost one they may be slices, so that the
   // part of a box that a warp gathers fits a compiled list.
   void warp() {
-    if (best_.size() == count_ && model_.least_warp() >= worst_) return;
+    if (!best_.takes(model_.least_warp())) return;
     const int dim = warp_compiled_dim(shape_.dim);
     const int most_warps = warp_most_threads(dim) / 32 - 1;
     std::vector<int> part_sizes[kMaxRank], multiples[kMaxRank];
@@ -133,7 +62,7 @@ class Search {
       int most = 1;
       for (int a = 0; a < kMaxRank; ++a) {
         query.part[a] = part[a];
-        query.work *= double(counts(a, part[a], part[a], 1).visited);
+        query.work *= double(counts_(a, part[a], part[a], 1).visited);
         most *= std::min(most_keys(a, part[a]), 256);
       }
       if (const int list = warp_compiled_list(most)) query.work *= double(list) / most;
@@ -159,10 +88,7 @@ class Search {
     }
   }
 
-  std::vector<Candidate> result() {
-    std::sort(best_.begin(), best_.end(), better);
-    return std::move(best_);
-  }
+  std::vector<Candidate> result() { return best_.sorted(); }
 
  private:
   static constexpr int kMostKeysOfBox = 256;  // along an axis, as the TMA has it
@@ -197,7 +123,7 @@ class Search {
         }
         plan.stages = 2;
       }
-      propose(plan, model_.warp(plan, count(plan, false), list, blocks).seconds);
+      propose(plan, model_.warp(plan, counts_.count(plan, false), list, blocks).seconds);
     };
     attempt(whole);
     for (const int list : kWarpLists) {
@@ -208,79 +134,27 @@ class Search {
     for (const int slice : {1, 2, 4}) attempt(std::min(slice, whole));
   }
 
-  // The product that all triples worth looking at reach: three quarters of `most`, or less on a small grid.
-  static int smallest_of(const std::vector<int> (&sizes)[kMaxRank], int most) {
-    int64_t largest = 1;
-    for (const std::vector<int>& along : sizes) largest *= along.back();
-    return int(std::min<int64_t>(largest, most * 3 / 4));
-  }
-
-  static void copy(const Triple& from, Triple& to) { std::copy(from, from + kMaxRank, to); }
-
   int most_keys(int a, int queries) {
     int& known = most_keys_[a][queries];
     if (known == 0) known = most_keys_of_queries(axes_[a], queries);
     return known;
   }
 
-  TileCounts count(const Plan& plan, bool padded) {
-    const AxisTileCounts along[kMaxRank] = {counts(0, plan.query_tile[0], plan.query_part[0], plan.key_tile[0]),
-                                            counts(1, plan.query_tile[1], plan.query_part[1], plan.key_tile[1]),
-                                            counts(2, plan.query_tile[2], plan.query_part[2], plan.key_tile[2])};
-    return count_tiles(along, padded);
-  }
-
-  const AxisTileCounts& counts(int a, int query_tile, int query_part, int key_tile) {
-    const uint64_t id = ((uint64_t(a) << 16 | query_tile) << 16 | query_part) << 16 | key_tile;
-    const auto found = cache_.find(id);
-    if (found != cache_.end()) return found->second;
-    return cache_.emplace(id, count_axis_tiles(axes_[a], query_tile, query_part, key_tile)).first->second;
-  }
-
-  // Plans of equal work differ little. Those that were measured to be best have one head to a box, key tiles shaped as
-  // their query tiles, and boxes that are compact and short along the innermost axis.
-  double preference(const Plan& plan) const {
-    const auto elongation = [&](const Triple& tile) {
-      return std::log2(double(*std::max_element(tile + first_axis_, tile + kMaxRank)) /
-                       *std::min_element(tile + first_axis_, tile + kMaxRank));
-    };
-    const bool alike = std::equal(plan.key_tile, plan.key_tile + kMaxRank, plan.query_tile);
-    return 1 + 1e-2 * (plan.heads - 1) + 3e-3 * !alike + 1e-3 * elongation(plan.key_tile) +
-           5e-4 * elongation(plan.query_part) + 5e-4 * std::log2(plan.key_tile[kMaxRank - 1]);
-  }
-
   void propose(const Plan& plan, double seconds) {
-    if (best_.size() == count_ && seconds >= worst_) return;
-    const double score = seconds * preference(plan);
-    if (best_.size() == count_ && score >= worst_) return;
-    if (why_not(shape_, plan) != nullptr) return;
-    if (best_.size() == count_) best_.erase(std::max_element(best_.begin(), best_.end(), better));
-    best_.push_back({plan, seconds, score});
-    worst_ = std::max_element(best_.begin(), best_.end(), better)->score;
+    if (!best_.takes(seconds)) return;
+    const double score = seconds * (preference(plan, shape_.neighborhood.rank) + 1e-2 * (plan.heads - 1));
+    if (!best_.takes(score) || why_not(shape_, plan) != nullptr) return;
+    best_.add({plan, seconds, score});
   }
 
   const FusedShape& shape_;
   const Axis* axes_;
   const int first_axis_;
   const CostModel model_;
-  const size_t count_;
-  std::vector<Candidate> best_;
-  double worst_ = 0;
-  std::unordered_map<uint64_t, AxisTileCounts> cache_;
+  AxisCounts counts_;
+  Best<Candidate> best_;
   int most_keys_[kMaxRank][257] = {};
 };
-
-// Everything that a choice depends on.
-using Key = std::vector<int64_t>;
-
-Key key_of(const FusedShape& shape, int processors) {
-  Key key = {processors,     int(shape.dtype), shape.neighborhood.rank, shape.batch,      shape.heads,
-             shape.kv_heads, shape.dim,        shape.value_dim,         shape.additional, shape.bias_batch};
-  for (const Axis& axis : shape.neighborhood.axes) {
-    key.insert(key.end(), {axis.length, axis.window, axis.stride, axis.dilation, axis.causal});
-  }
-  return key;
-}
 
 }  // namespace
 
@@ -293,25 +167,10 @@ std::vector<Candidate> rank_plans(const FusedShape& shape, int processors, int c
 }
 
 bool choose_plan(const FusedShape& shape, int processors, Plan& plan) {
-  static std::mutex mutex;
-  static std::map<Key, std::vector<Candidate>> known;
-  const Key key = key_of(shape, processors);
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(key);
-    if (found != known.end()) {
-      if (!found->second.empty()) plan = found->second[0].plan;
-      return !found->second.empty();
-    }
-  }
-  std::vector<Candidate> best = rank_plans(shape, processors, 1);
-  const bool any = !best.empty();
-  if (any) plan = best[0].plan;
-  constexpr size_t kMostKnown = 4096;  // shapes of a program that never stops making up new ones
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() >= kMostKnown) known.clear();
-  known.emplace(key, std::move(best));
-  return any;
+  static Remembered<std::vector<Candidate>> known;
+  const std::vector<Candidate> best = known.find(shape, processors, [&] { return rank_plans(shape, processors, 1); });
+  if (!best.empty()) plan = best[0].plan;
+  return !best.empty();
 }
 
 const char* why_not(const FusedShape& shape) {

@@ -11,8 +11,6 @@ namespace {
 
 // All constants are fitted to times of the kernels and of their prototypes on an H200 (docs/kernels.md has the table).
 constexpr double kMicrosecond = 1e-6;
-constexpr double kLaunch = 5 * kMicrosecond;
-constexpr double kMemoryBytesPerSecond = 3.9e12;
 
 // The wide kernel on one multiprocessor.
 struct WideCost {
@@ -33,7 +31,6 @@ constexpr WideCost wide_cost(int dim) {
 constexpr double kWideAlone = 0.9;
 // Prologue and epilogue of a query tile.
 constexpr double wide_query_tile(int dim) { return (0.6 + 0.4 * dim / 128) * kMicrosecond; }
-constexpr double kWideBytesPerSecond = 10e12 / kProcessors;  // TMA from the L2 cache, per multiprocessor
 
 // The warp kernel on one multiprocessor.
 struct WarpCost {
@@ -51,20 +48,22 @@ constexpr WarpCost warp_cost(int row_bytes, int dim) {
 constexpr double kWarpBoxKeys = 10;  // a box costs every warp as much as this many keys, whether it sees it or not
 constexpr double kWarpBusy = 8;      // warps that keep a multiprocessor busy
 
-double divide_up(double x, double y) { return std::ceil(x / y); }
-
-// The largest of three bounds, and a little more where others are close to it: the 6-norm.
-double join(double a, double b, double c) {
-  const auto cube = [](double x) { return x * x * x; };
-  return std::cbrt(std::sqrt(cube(a * a) + cube(b * b) + cube(c * c)));
-}
-
 TileCounts repeated(const TileCounts& counts, double times) {
   return {counts.query_tiles * times, counts.parts * times, counts.visited * times, counts.computed * times,
           counts.masked * times};
 }
 
 }  // namespace
+
+double join_bounds(double a, double b, double c) {
+  const auto cube = [](double x) { return x * x * x; };
+  return std::cbrt(std::sqrt(cube(a * a) + cube(b * b) + cube(c * c)));
+}
+
+double most_tiles_of_processor(double tiles, int processors, int blocks) {
+  const double resident = std::min<double>(blocks, std::ceil(tiles / processors));
+  return std::ceil(tiles / (processors * resident)) * resident;
+}
 
 CostModel::CostModel(const FusedShape& shape, int processors) : shape(shape), processors(processors) {
   repeats = double(shape.batch) * shape.heads;
@@ -82,14 +81,13 @@ Prediction CostModel::wide(const Plan& plan, const TileCounts& counts) const {
   p.pairs = pairs;
   p.computed_pairs = p.tiles.computed * kWideGroupRows * compiled.keys;
   p.memory = memory;
-  // Every CTA works on up to `most` query tiles; they cost about the same.
-  const double most = divide_up(p.tiles.query_tiles, processors), per_tile = most / p.tiles.query_tiles;
+  const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, 1) / p.tiles.query_tiles;
   const double alone = std::max(2 * p.tiles.visited - p.tiles.computed, 0.0);
   p.compute = per_tile * (cost.tile / 2 * (p.tiles.computed + kWideAlone * alone) + cost.masked * p.tiles.masked +
                           wide_query_tile(compiled.dim) * p.tiles.query_tiles);
   const double key_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
-  p.shared_memory = per_tile * p.tiles.visited * key_bytes / kWideBytesPerSecond;
-  p.seconds = kLaunch + join(p.compute, p.shared_memory, p.memory);
+  p.shared_memory = per_tile * p.tiles.visited * key_bytes / kSharedBytesPerSecond;
+  p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
   return p;
 }
 
@@ -102,16 +100,15 @@ Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list,
   // Rows of half a cache line whose other half lies in another dilation group or head are fetched in part for nothing.
   const bool half_lines = dim * plan.heads < 64 && shape.neighborhood.axes[kMaxRank - 1].dilation > 1;
   p.memory = memory * (half_lines ? 1.6 : 1.0);
-  const double resident = std::min<double>(blocks, divide_up(p.tiles.query_tiles, processors));
-  const double most = divide_up(p.tiles.query_tiles, processors * resident) * resident;
-  const double per_tile = most / p.tiles.query_tiles;
+  const double resident = std::min<double>(blocks, std::ceil(p.tiles.query_tiles / processors));
+  const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, blocks) / p.tiles.query_tiles;
   const int row_bytes = 2 * dim * plan.heads;
   const WarpCost cost = warp_cost(row_bytes, dim);
   const double idle = std::max(kWarpBusy / (resident * count_warps(plan)), 1.0);
   const double keys = list * p.tiles.computed * plan.heads + kWarpBoxKeys * p.tiles.visited * count_warps(plan);
   p.compute = per_tile * idle * (cost.key * keys + cost.part * p.tiles.parts * plan.heads);
   p.shared_memory = per_tile * p.tiles.visited * 2.0 * product(plan.key_tile) * row_bytes / cost.bytes_per_second;
-  p.seconds = kLaunch + join(p.compute, p.shared_memory, p.memory);
+  p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
   return p;
 }
 

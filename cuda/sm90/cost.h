@@ -5,6 +5,16 @@
 
 namespace jax_natten::sm90 {
 
+constexpr double kLaunch = 5e-6;
+constexpr double kMemoryBytesPerSecond = 3.9e12;
+constexpr double kSharedBytesPerSecond = 10e12 / kProcessors;  // TMA from the L2 cache, per multiprocessor
+
+// The largest of three bounds, and a little more where others are close to it: the 6-norm.
+double join_bounds(double a, double b, double c);
+
+// Query tiles that the busiest multiprocessor works on, if up to `blocks` CTAs share it; tiles cost about the same.
+double most_tiles_of_processor(double tiles, int processors, int blocks);
+
 // A problem's constants, found once for all of its plans.
 struct CostModel {
   CostModel(const FusedShape& shape, int processors);

@@ -1,5 +1,7 @@
 #include "sm90.h"
 
+#include "backward.h"
+#include "backward_choose.h"
 #include "choose.h"
 #include "forward.h"
 
@@ -23,6 +25,21 @@ cudaError_t fused_forward(const FusedForwardParams& params, cudaStream_t stream)
     if (!choose_plan(params, processors, plan)) return cudaErrorInvalidValue;
   }
   return launch(params, plan, stream);
+}
+
+const char* why_not_backward_call(const FusedBackwardParams& params) {
+  if (const char* reason = why_not_backward(params)) return reason;
+  if (params.workspace_size < backward_workspace(params)) return "needs two numbers per query and head of workspace";
+  return nullptr;
+}
+
+cudaError_t fused_backward(const FusedBackwardParams& params, cudaStream_t stream) {
+  if (is_empty(params)) return cudaSuccess;
+  int device = 0, processors = 0;
+  if (const cudaError_t error = current_device(device, processors); error != cudaSuccess) return error;
+  BackwardPlan plan;
+  if (!choose_backward_plan(params, processors, plan)) return cudaErrorInvalidValue;
+  return launch_backward(params, plan, stream);
 }
 
 }  // namespace jax_natten::sm90

@@ -17,4 +17,9 @@ const char* why_not_forward(const FusedForwardParams& params);
 // the device nor synchronises.
 cudaError_t fused_forward(const FusedForwardParams& params, cudaStream_t stream);
 
+// The same for the backward, whose tiles are always those of the cost model. Programs that reserve less workspace than
+// fused_backward_workspace() are refused: versions before these kernels wrote such.
+const char* why_not_backward_call(const FusedBackwardParams& params);
+cudaError_t fused_backward(const FusedBackwardParams& params, cudaStream_t stream);
+
 }  // namespace jax_natten::sm90

@@ -21,12 +21,16 @@ def _chunks(positions):
 
 
 def fused_backward(query, value, additional_keys, bias) -> int:
-    """``delta`` per query and head, then the partial sums of d_bias, d_additional_keys and d_additional_values."""
+    """``delta`` per query and head, then the partial sums of d_bias, d_additional_keys and d_additional_values.
+
+    In float16 and bfloat16 a second number per query and head: "sm90" keeps ``lse``, too, in the order it reads it.
+    """
     batch, *grid, heads, dim = query.shape
     positions = math.prod(grid)
     _, additional, kv_heads, _ = additional_keys.shape
     partial = math.prod(bias.shape) + batch * additional * kv_heads * (dim + value.shape[-1])
-    return batch * positions * heads + _chunks(positions) * partial
+    numbers = 2 if query.dtype.itemsize == 2 else 1
+    return numbers * batch * positions * heads + _chunks(positions) * partial
 
 
 def inverse(queries, kv_heads: int, additional: int) -> int:

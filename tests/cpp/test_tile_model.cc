@@ -17,11 +17,13 @@ namespace {
 
 struct Case {
   Neighborhood neighborhood;
+  Walk walk = Walk::kKeysOfQueries;
   int query_tile[kMaxRank] = {1, 1, 1}, query_part[kMaxRank] = {1, 1, 1}, key_tile[kMaxRank] = {1, 1, 1};
   bool padded = false;
 
   std::string describe() const {
     std::string text = "rank " + std::to_string(neighborhood.rank) + (padded ? " padded" : "");
+    if (walk == Walk::kQueriesOfKeys) text += " queries of keys";
     for (int a = kMaxRank - neighborhood.rank; a < kMaxRank; ++a) {
       const Axis& axis = neighborhood.axes[a];
       text += " [x" + std::to_string(axis.length) + " k" + std::to_string(axis.window) + " s" +
@@ -33,7 +35,7 @@ struct Case {
   }
 };
 
-template <int kRank>
+template <int kRank, Walk kWalk>
 TileCounts walk(const Case& c) {
   TileSchedule schedule;
   int64_t tiles = 1;
@@ -45,13 +47,13 @@ TileCounts walk(const Case& c) {
   const int parts = schedule.axes[0].parts() * schedule.axes[1].parts() * schedule.axes[2].parts();
   TileCounts counts{0, 0, 0, 0, 0};
   for (int index = 0; index < int(tiles); ++index) {
-    const QueryTile tile = decode_query_tile<kRank>(schedule, index);
+    const QueryTile tile = decode_query_tile<kRank, kWalk>(schedule, index);
     if (tile.empty()) continue;
     ++counts.query_tiles;
     for (int p = 0; p < parts; ++p) {
       int offset[kMaxRank];
       query_part_offset(schedule.axes, p, offset);
-      const QueryPart<kRank> part(schedule.axes, tile, offset);
+      const QueryPart<kRank, kWalk> part(schedule.axes, tile, offset);
       counts.parts += part.live;
       KeyTileCursor<kRank> cursor;
       do {
@@ -63,6 +65,11 @@ TileCounts walk(const Case& c) {
     }
   }
   return counts;
+}
+
+template <int kRank>
+TileCounts walk(const Case& c) {
+  return c.walk == Walk::kKeysOfQueries ? walk<kRank, Walk::kKeysOfQueries>(c) : walk<kRank, Walk::kQueriesOfKeys>(c);
 }
 
 double walk_over_pairs(const Neighborhood& neighborhood) {
@@ -93,7 +100,7 @@ int walk_over_runs(const Axis& axis, int queries) {
 void check(const Case& c) {
   const int rank = c.neighborhood.rank;
   const TileCounts expected = rank == 1 ? walk<1>(c) : rank == 2 ? walk<2>(c) : walk<3>(c);
-  const TileCounts got = count_tiles(c.neighborhood, c.query_tile, c.query_part, c.key_tile, c.padded);
+  const TileCounts got = count_tiles(c.neighborhood, c.query_tile, c.query_part, c.key_tile, c.padded, c.walk);
   const auto expect = [&](const char* what, double got, double expected) {
     if (got == expected) return;
     std::printf("%s: %s is %.0f, a walk over the tiles says %.0f\n", c.describe().c_str(), what, got, expected);
@@ -137,7 +144,13 @@ Case random_case(std::mt19937& random) {
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 1000;
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
-  for (int i = 0; i < count; ++i) check(random_case(random));
+  for (int i = 0; i < count; ++i) {
+    Case c = random_case(random);
+    for (const Walk walk : {Walk::kKeysOfQueries, Walk::kQueriesOfKeys}) {
+      c.walk = walk;
+      check(c);
+    }
+  }
   std::printf("%d problems counted\n", count);
   return 0;
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <random>
 
+#include "../../cuda/sm90/backward.h"
 #include "../gpu/backward_plans.h"
 #include "../gpu/problems.h"
 #include "backward_reference.h"

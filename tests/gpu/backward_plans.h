@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/sm90/backward.h"
-#include "../../cuda/sm90/backward_params.h"
+#include "../../cuda/sm90/backward_plan.h"
 #include "plans.h"
 
 namespace jax_natten::driver {

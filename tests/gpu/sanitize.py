@@ -38,7 +38,8 @@ CASES = (
 )
 
 
-# Each structure in each rank; ragged dilation groups, padded head dims, padded key tiles, fewer key heads.
+# Each structure of the forward in each rank, and the backward; ragged dilation groups, padded head dims, padded key
+# tiles, fewer key heads.
 HOPPER_CASES = (
     (problem("wide_1d", 2, 4, 2, 128, [301], [77], [3], [2], [True]), Tiles("wide", (128,), (64,), (128,))),
     (problem("wide_2d", 1, 2, 1, 40, [37, 41], [13, 11], [1, 4], [2, 1]), Tiles("wide", (8, 16), (8, 8), (8, 15))),
@@ -66,12 +67,13 @@ def main() -> None:
 def run_sm90() -> None:
     for shape, tiles in HOPPER_CASES:
         for case in (Case(shape, "bfloat16"), Case(shape, "float16", scale=-0.5)):
-            operands, _ = draw(case)
+            operands, cotangents = draw(case)
             attend = functools.partial(
                 jax_natten.neighborhood_attention, **shape.window, scale=case.scale, implementation="sm90"
             )
             for asked in (tiles, None):
                 jax.block_until_ready(jax.jit(functools.partial(attend, tiles=asked))(**operands))
+            jax.block_until_ready(jitted_fused(case, "sm90")(operands, cotangents))  # the backward, too
             print(case.name, flush=True)
 
 

@@ -1,0 +1,224 @@
+"""The Hopper backward keeps the promises of "sm90", through JAX: its gradients are right, and the same in every run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import Case, draw, expected_fused, fused, generator, jitted_fused
+from problems import HARD, LARGE, SMALL, Problem, problem
+from test_sm90 import DIMS, DTYPES, HARD_CASES, _is_hopper, random_axis, with_dim
+from tolerance import assert_as_good_as_plain, relative_error
+
+import jax_natten
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _is_hopper(), reason="no GPU of compute capability 9.0"),
+]
+
+# Against the same gradients in float32, of results that are rounded once and products of rounded weights.
+GRADIENT_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
+INPUTS = ("query", "key", "value")
+
+
+def check(case: Case) -> None:
+    """Gradients of one case, with cotangents of out and of lse, against the float64 oracle."""
+    operands, cotangents, exact, plain, magnitudes = expected_fused(case)
+    results = jitted_fused(case, "sm90")(operands, cotangents)
+    for name in (f"d_{x}" for x in INPUTS):
+        assert results[name].dtype == jnp.dtype(case.dtype)
+        assert_as_good_as_plain(
+            results[name], exact[name], plain[name], name=name, dtype=case.dtype, magnitude=magnitudes.get(name, 0.0)
+        )
+
+
+@pytest.mark.parametrize("case", HARD_CASES, ids=lambda c: c.name)
+def test_hard_problems(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_every_head_dim_in_every_rank(dim, dtype):
+    for shape in (
+        problem("rows", 2, 4, 2, dim, [150], [21], [3], [2], [True]),
+        problem("plane", 1, 2, 1, dim, [19, 23], [7, 9], [1, 4], [2, 1]),
+        problem("volume", 1, 2, 2, dim, [7, 9, 10], [3, 5, 4], [1, 2, 1], [1, 1, 2]),
+    ):
+        check(Case(with_dim(shape, dim), dtype))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.75, 2.0])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_scale_is_honoured(scale, dim):
+    check(Case(problem("scale", 2, 4, 2, dim, [21, 19], [7, 5], [2, 1], [1, 2]), "float16", scale=scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_keys_shared_by_query_heads(group, dtype):
+    check(Case(problem(f"group{group}", 2, 2 * group, 2, 64, [18, 21], [7, 9], [1, 2]), dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_grad_of_a_loss_of_the_output_alone(dim):
+    """``jax.grad``, without a cotangent of the log-sum-exp."""
+    case = Case(problem("loss", 2, 4, 2, dim, [24, 20], [7, 9], [1, 3], [2, 1]), "bfloat16")
+    operands, (d_out, d_lse) = draw(case)
+
+    def loss(implementation):
+        def run(x):
+            out = jax_natten.neighborhood_attention(**x, **case.problem.window, implementation=implementation)
+            return jnp.vdot(out.astype(jnp.float32), d_out.astype(jnp.float32))
+
+        return run
+
+    results = jax.jit(jax.grad(loss("sm90")))(operands)
+    expected = jitted_fused(case, "naive")(operands, (d_out, np.zeros_like(d_lse)))
+    for name in INPUTS:
+        assert relative_error(results[name], expected[f"d_{name}"]) < GRADIENT_ERROR["bfloat16"], name
+
+
+def check_against_naive(case: Case) -> None:
+    """Against "naive" in float32 on the same device."""
+    operands, (d_out, d_lse) = draw(case)
+    results = jitted_fused(case, "sm90")(operands, (d_out, d_lse))
+    wide = {name: x.astype(np.float32) for name, x in operands.items()}
+    widened = dataclasses.replace(case, dtype="float32")
+    expected = jitted_fused(widened, "naive")(wide, (d_out.astype(np.float32), d_lse))
+    for name in (f"d_{x}" for x in INPUTS):
+        error = np.linalg.norm(np.float32(results[name]) - np.float32(expected[name]))
+        # Gradients that cancel out are not asked to be exact.
+        size = max(np.linalg.norm(np.float32(expected[name])), 1e-3 * expected[name].size ** 0.5)
+        assert error / size < GRADIENT_ERROR[case.dtype], (case.name, name)
+
+
+@pytest.mark.parametrize("shape", HARD.values(), ids=lambda p: p.name)
+def test_hard_problems_at_their_published_size(shape):
+    for causal, dtype in itertools.product(shape.every_causal(), DTYPES):
+        check_against_naive(Case(causal, dtype))
+
+
+RANDOM, CHUNK = 1000, 25
+
+
+@pytest.mark.parametrize("chunk", range(RANDOM // CHUNK))
+def test_random_problems(chunk):
+    """A thousand of them, of this run's seed, under the chosen tiles; the driver tries random ones."""
+    for n in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        rng = generator("sm90 backward", n)
+        rank = int(rng.integers(1, 4))
+        grid, *window = zip(*(random_axis(rng, {1: 300, 2: 24, 3: 9}[rank]) for _ in range(rank)))
+        kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 1, 2, 3, 5]))
+        dim, dtype = int(rng.choice(DIMS)), DTYPES[rng.integers(2)]
+        shape = Problem(f"random{n}", int(rng.integers(1, 4)), kv_heads * group, kv_heads, dim, grid, *window)
+        scale = (None, None, None, 0.0, -(dim**-0.5), 3 * dim**-0.5)[rng.integers(6)]
+        check_against_naive(Case(shape, dtype, scale=scale))
+
+
+@pytest.mark.parametrize("name", ["nat_28", "dinat_28_d4", "hdit_64_k13", "vae_k3_7_7", "seq32k_gqa8"])
+def test_same_bits_in_every_run(name):
+    check_bits(Case({**SMALL, **LARGE}[name], "bfloat16"), runs=10)
+
+
+@pytest.mark.parametrize("dim", [32, 128])
+def test_same_bits_in_every_run_of_a_small_problem(dim):
+    check_bits(Case(problem("bits", 1, 4, 2, dim, [17, 21], [7, 5], [2, 1], [1, 2]), "bfloat16"), runs=2)
+
+
+def check_bits(case: Case, runs: int) -> None:
+    operands, cotangents = draw(case)
+    run = jitted_fused(case, "sm90")
+    first = run(operands, cotangents)
+    for _ in range(runs):
+        for name, x in run(operands, cotangents).items():
+            np.testing.assert_array_equal(x, first[name], err_msg=name)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"additional": 3}, "additional keys"),
+    ({"bias": True}, "relative position bias"),
+    ({"value_dim": 32}, "head dimension"),
+])  # fmt: skip
+def test_what_the_backward_does_not_take_is_refused_with_the_reason(changes, words):
+    case = dataclasses.replace(Case(problem("refused", 1, 2, 1, 64, [15, 14], [5, 7]), "bfloat16"), **changes)
+    operands, cotangents = draw(case)
+    with pytest.raises(NotImplementedError, match=words):
+        jitted_fused(case, "sm90")(operands, cotangents)
+    # The next implementation takes it.
+    results = jitted_fused(case, ("sm90", "naive"))(operands, cotangents)
+    expected = jitted_fused(case, "naive")(operands, cotangents)
+    for name, x in results.items():
+        assert relative_error(x, expected[name]) < 2 * GRADIENT_ERROR["bfloat16"], name
+
+
+@pytest.mark.parametrize("batch, grid", [(0, (12, 12)), (2, (0, 12))])
+def test_empty_batch_or_axis_gives_empty_gradients(batch, grid):
+    case = Case(problem("empty", batch, 2, 1, 64, grid, [3, 3]), "bfloat16")
+    for name, x in jitted_fused(case, "sm90")(*draw(case)).items():
+        assert x.size == 0, name
+
+
+def test_vmap_of_gradients():
+    case = Case(problem("vmap", 2, 2, 1, 64, [15, 14], [5, 7]), "bfloat16")
+    operands, cotangents = draw(case)
+
+    def gradients(x):
+        return jax.vjp(fused(case, "sm90"), x)[1](cotangents)[0]
+
+    stacked = {name: jnp.stack([x, -x]) for name, x in operands.items()}
+    mapped = jax.jit(jax.vmap(gradients))(stacked)
+    for n in range(2):
+        each = jax.jit(gradients)({name: x[n] for name, x in stacked.items()})
+        for name, x in each.items():
+            np.testing.assert_array_equal(mapped[name][n], x, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["nat_28", "hdit_64_k13_d4", "cosmos2_s1_4_8"])
+def test_calls_can_be_captured_into_a_graph(name):
+    """The same bits with every call in a command buffer and with none, also on other buffers than those captured."""
+    case = Case({**SMALL, **LARGE}[name], "bfloat16")
+    operands, cotangents = draw(case)
+
+    def step(x):
+        for _ in range(3):
+            gradients = jax.vjp(fused(case, "sm90"), x)[1](cotangents)[0]
+            x = {n: x[n] + gradients[n] for n in x}
+        return x
+
+    captured = jax.jit(
+        step,
+        compiler_options={"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1},
+    )
+    plain = jax.jit(step, compiler_options={"xla_gpu_enable_command_buffer": ""})
+    for factor in (1, -1, 0.5):
+        arrays = {n: jnp.asarray(x * np.asarray(factor, x.dtype)) for n, x in operands.items()}
+        for a, b in zip(jax.tree.leaves(captured(arrays)), jax.tree.leaves(plain(arrays))):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_offsets_past_two_to_the_31():
+    """Tensors of over 2^31 elements; gradients at the last positions are compared with those of a slice of them."""
+    length, heads, dim, window = 2**22 + 64, 4, 128, 9
+
+    def gradients(*arrays):
+        out, pullback = jax.vjp(lambda *x: jax_natten.na1d(*x, window, implementation="sm90"), *arrays)
+        return pullback(out)
+
+    try:
+        arrays = [jax.random.normal(jax.random.key(i), (1, length, heads, dim), jnp.bfloat16) for i in range(3)]
+        results = jax.block_until_ready(jax.jit(gradients)(*arrays))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        pytest.skip("not enough GPU memory")
+    tail = 256
+    expected = gradients(*(x[:, -tail:] for x in arrays))
+    for got, want in zip(results, expected):
+        # The slice shifts the windows of its first queries.
+        assert relative_error(got[:, -tail // 2 :], want[:, -tail // 2 :]) < 1e-5
