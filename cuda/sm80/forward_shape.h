@@ -37,7 +37,7 @@ constexpr ForwardShape forward_shape(int element_bytes, int dim, int rows) {
   return {row_bytes <= 256   ? 64
           : row_bytes <= 512 ? 32
                              : 16,
-          rows == 32 ? 2 : 4, in_registers, rows == 64 && row_bytes <= 128 ? 3 : 2};
+          rows == 32 ? 2 : 4, in_registers, rows == 64 && dim <= 64 && element_bytes == 2 ? 3 : 2};
 }
 
 // Rows of the query tile that a compiled head dimension offers; the first is always there.
