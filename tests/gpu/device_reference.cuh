@@ -132,8 +132,8 @@ __device__ float2 pair_gradients(const FusedBackwardParams& p, int64_t query_row
   return {probability, probability * (dot(d_out, row(p.value, key_row), dim) - delta)};
 }
 
-// The gradients of every `step`-th pair of a query and a head, or of a key and a head (`second`: of its value). One warp
-// per pair: lanes over partners for P and dS, over channels for the gradients.
+// The gradients of every `step`-th pair of a query and a head, or of a key and a head (`second`: of its value). One
+// warp per pair: lanes over partners for P and dS, over channels for the gradients.
 template <typename T, bool kOfKeys>
 __global__ void reference_backward(FusedBackwardParams p, int64_t step, float* first, float* second) {
   const int64_t sample = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32, own_row = sample * step;
