@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -19,7 +20,7 @@ CALLS = 20  # in a chain that is timed
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
-    """What describes a fused forward, with sizes per axis written as 256x256."""
+    """What describes fused attention, with sizes per axis written as 256x256."""
     parser.add_argument("rank", choices=("1d", "2d", "3d"))
     parser.add_argument("grid", type=_sizes, help="positions per axis, e.g. 256x256")
     parser.add_argument("-k", "--kernel-size", type=_sizes, required=True, metavar="KxK")
@@ -31,6 +32,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, help="by default as many as --heads")
     parser.add_argument("--dim", type=int, default=128, help="head dimension")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backward", action="store_true", help="the backward, instead of the forward")
     parser.add_argument(
         "--tiles",
         metavar="STRUCTURE:QUERYTILE:QUERYPART:KEYTILE[:HEADS,SLOTS,STAGES]",
@@ -57,9 +59,7 @@ def simulate(arguments: argparse.Namespace) -> int:
 
 
 def _simulate_backward(problem: dispatch.Problem, asked, arguments: argparse.Namespace) -> int:
-    if asked is not None:
-        raise ValueError("tiles are those of a forward; the backward's cannot be asked for")
-    problem = dataclasses.replace(problem, operation="fused_backward")
+    problem = _backward_of(problem, asked)
     found = tiles.simulate_backward(problem, processors=arguments.processors, count=arguments.count)
     print(_describe(problem))
     names = {"query": "dQ", "key": "dK, dV"}
@@ -74,6 +74,12 @@ def _simulate_backward(problem: dispatch.Problem, asked, arguments: argparse.Nam
         f"{1e3 * sum(each.dense_seconds for each in best):.4g} ms. Counts are exact, times those of a model of an H100."
     )
     return 0
+
+
+def _backward_of(problem: dispatch.Problem, asked) -> dispatch.Problem:
+    if asked is not None:
+        raise ValueError("tiles are those of a forward; the backward's cannot be asked for")
+    return dataclasses.replace(problem, operation="fused_backward")
 
 
 def _table(found: list[tuple[str, tiles.Simulation]]) -> list[str]:
@@ -97,6 +103,8 @@ def _table(found: list[tuple[str, tiles.Simulation]]) -> list[str]:
 def profile(arguments: argparse.Namespace) -> int:
     """Runs a problem on the GPU at hand and prints what it reaches."""
     problem, asked = _problem(arguments)
+    if arguments.backward:
+        problem = _backward_of(problem, asked)
     gpus = [device for device in jax.devices() if device.platform == "gpu"]
     if not gpus:
         print("profile needs a GPU; jax has none here: " + ", ".join(map(str, jax.devices())), file=sys.stderr)
@@ -107,15 +115,20 @@ def profile(arguments: argparse.Namespace) -> int:
     names = dispatch.candidates(problem, "cuda", requested)
     capability = str(getattr(gpus[0], "compute_capability", ""))
     runs = next((name for name in names if name != "sm90" or capability == "9.0"), "none")
-    seconds = _measure(problem, requested, asked)
+    seconds = (_measure_backward if arguments.backward else _measure)(problem, requested, asked)
+    flops = 10 if arguments.backward else 4  # per pair and channel: two products, or five
     pairs = problem.batch * problem.heads * problem.neighborhood.pairs(problem.grid)
     rows = [
         ("device", f"{gpus[0].device_kind}, compute capability {capability}"),
         ("implementation", f"{runs} (of {', '.join(names)})"),
         ("time", f"{1e3 * seconds:.4g} ms per call, {CALLS} calls in one jitted function"),
-        ("useful", f"{4e-12 * pairs * problem.head_dim / seconds:.4g} TFLOP/s"),
+        ("useful", f"{1e-12 * flops * pairs * problem.head_dim / seconds:.4g} TFLOP/s"),
     ]
-    if runs == "sm90":
+    if runs == "sm90" and arguments.backward:
+        passes = tiles.simulate_backward(problem)
+        rows += [(f"tiles of the {name} pass", spell(best.tiles)) for name, (best,) in passes.items()]
+        rows.append(("model", f"expects {1e3 * sum(best.seconds for (best,) in passes.values()):.4g} ms"))
+    elif runs == "sm90":
         (expected,) = tiles.simulate(problem, asked)
         rows += [
             ("structure", expected.tiles.structure),
@@ -144,30 +157,57 @@ def spell(asked: tiles.Tiles | tiles.PassTiles) -> str:
 
 def _measure(problem: dispatch.Problem, requested, asked) -> float:
     """Seconds of one call in a chain of calls, each fed by the one before."""
-    shapes = [(problem.batch, *problem.grid, heads, problem.head_dim) for heads in (problem.heads, problem.kv_heads)]
-    query, key, value = (jax.random.normal(jax.random.key(n), shapes[min(n, 1)], problem.dtype) for n in range(3))
-    window = problem.neighborhood
+    query, key, value = _draw(problem)
 
-    @jax.jit
     def chain(query, key, value):
         for _ in range(CALLS):
-            query = jax_natten.neighborhood_attention(
-                query,
-                key,
-                value,
-                window.kernel_size,
-                window.stride,
-                window.dilation,
-                window.is_causal,
-                implementation=requested,
-                tiles=asked,
-            )
+            query = _attend(problem, requested, asked, query, key, value)
         return query
 
-    times = []
+    return _seconds_per_call(chain, query, key, value)
+
+
+def _measure_backward(problem: dispatch.Problem, requested, asked) -> float:
+    """The same for the backward alone; between the calls cotangents are added, so that they do not fade away."""
+    out, pullback = jax.jit(lambda *x: jax.vjp(functools.partial(_attend, problem, requested, asked), *x))(
+        *_draw(problem)
+    )
+
+    def chain(pullback, cotangent):
+        gradient = cotangent
+        for _ in range(CALLS):
+            gradient = cotangent + pullback(gradient)[0]
+        return gradient
+
+    return _seconds_per_call(chain, pullback, jax.random.normal(jax.random.key(3), out.shape, out.dtype))
+
+
+def _draw(problem: dispatch.Problem) -> list[jax.Array]:
+    heads = (problem.heads, problem.kv_heads, problem.kv_heads)
+    shapes = [(problem.batch, *problem.grid, h, problem.head_dim) for h in heads]
+    return [jax.random.normal(jax.random.key(n), shape, problem.dtype) for n, shape in enumerate(shapes)]
+
+
+def _attend(problem: dispatch.Problem, requested, asked, query, key, value) -> jax.Array:
+    window = problem.neighborhood
+    return jax_natten.neighborhood_attention(
+        query,
+        key,
+        value,
+        window.kernel_size,
+        window.stride,
+        window.dilation,
+        window.is_causal,
+        implementation=requested,
+        tiles=asked,
+    )
+
+
+def _seconds_per_call(chain, *arguments) -> float:
+    jitted, times = jax.jit(chain), []
     for _ in range(6):  # the first one compiles
         begin = time.perf_counter()
-        jax.block_until_ready(chain(query, key, value))
+        jax.block_until_ready(jitted(*arguments))
         times.append(time.perf_counter() - begin)
     return min(times[1:]) / CALLS
 

@@ -50,9 +50,14 @@ def test_hopper_kernels(environment):
 
 
 def test_hopper_backward_kernels(environment):
-    chosen = "(scale and 32) or (small_problem and 128) or refused or empty or (shared and 8-float16) or vmap or (output_alone and 64)"
-    chosen += " or (every_head_dim and bfloat16 and (64 or 200)) or (hard_problems and d128)"
-    run(environment, "tests/gpu/test_sm90_backward.py", "-k", f"({chosen}) and not two_to_the_31")
+    cases = "(scale and 32) or (shared and 8-float16) or (every_head_dim and bfloat16 and (64 or 200))"
+    chosen = f"{cases} or (small_problem and 128) or (hard_problems and d128) or (output_alone and 64)"
+    run(
+        environment,
+        "tests/gpu/test_sm90_backward.py",
+        "-k",
+        f"({chosen} or refused or empty or vmap) and not two_to_the_31",
+    )
 
 
 def test_sm80_kernels(environment):

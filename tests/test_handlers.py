@@ -230,6 +230,30 @@ def test_a_short_workspace_is_refused_and_a_long_one_is_not():
         call(target, results={"workspace": jax.ShapeDtypeStruct((size + 100,), F)})
 
 
+def test_the_backward_reserves_a_second_number_per_query_and_head_for_halves_and_runs_without_it():
+    """Programs of earlier versions reserve one."""
+    target = "jax_natten_fused_backward"
+    operands, results, _ = CALLS[target]
+    single = {"lse", "d_lse", "bias", "d_bias", "workspace"}
+
+    def halves(shapes):
+        return {n: jax.ShapeDtypeStruct(s, A if n in single else jnp.bfloat16) for n, s in shapes.items()}
+
+    (earlier,) = results["workspace"]
+    described = halves(operands)
+    now = workspace.fused_backward(*(described[n] for n in ("query", "value", "additional_keys", "bias")))
+    assert now == earlier + B * np.prod(X) * HQ
+    for size in (earlier, now):
+        buffers = halves(results) | {"workspace": jax.ShapeDtypeStruct((size,), A)}
+        call(target, operands=described, results=buffers)
+    assert_refused(
+        target,
+        "workspace",
+        operands=described,
+        results=halves(results) | {"workspace": jax.ShapeDtypeStruct((earlier - 1,), A)},
+    )
+
+
 def test_an_error_inside_jit_is_raised_to_the_caller_and_the_next_call_works():
     target = "jax_natten_nn"
     with pytest.raises(jax.errors.JaxRuntimeError, match="stride"):

@@ -212,13 +212,18 @@ def test_none_takes_hopper_kernels_unless_they_must_be_named(monkeypatch):
 
 
 @needs_library
-def test_the_backward_of_a_hopper_forward_is_the_next_name():
+def test_the_backward_of_a_hopper_forward_is_its_own_where_it_takes_the_case():
     structs = _structs(HOPPER)
     found = calls(lowered(fused_with_gradients(HOPPER, ("sm90", "naive")), *structs, platforms=("cuda",)))
+    for target in ("jax_natten_fused_forward", "jax_natten_fused_backward"):
+        assert 'implementation = "sm90,naive"' in found[target]
+    biased = dataclasses.replace(HOPPER, bias=True)
+    structs = _structs(biased)
+    found = calls(lowered(fused_with_gradients(biased, ("sm90", "naive")), *structs, platforms=("cuda",)))
     assert 'implementation = "sm90,naive"' in found["jax_natten_fused_forward"]
     assert 'implementation = "naive"' in found["jax_natten_fused_backward"]
-    with pytest.raises(NotImplementedError, match="'sm90' has no kernel for fused_backward yet"):
-        lowered(fused_with_gradients(HOPPER, "sm90"), *structs, platforms=("cuda",))
+    with pytest.raises(NotImplementedError, match="'sm90' does not take a relative position bias in the backward yet"):
+        lowered(fused_with_gradients(biased, "sm90"), *structs, platforms=("cuda",))
 
 
 @needs_library

@@ -72,6 +72,7 @@ struct PassTraits {
     QueryPart<kRank, kPass> parts[kParts];
     uint64_t row_full[kSlots], row_empty[kSlots];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
+    uint64_t part_done;  // where a part's columns of results are divided among warpgroups
   };
   static_assert(sizeof(Shared) <= 228 * 1024 / kShape.residency - 1024, "CTAs must fit into a multiprocessor");
 };
@@ -246,6 +247,7 @@ struct PassConsumer {
   TileClass tile_class;                                                                 // and what it is to the part
   bool last;            // whether it is the row tile's last
   int held_stage = -1;  // that products in flight may still read
+  uint32_t done_parity = 0;
 
   __device__ PassConsumer(const BackwardParams& params, Shared& smem, int group, int warp, int lane)
       : params(params), smem(smem), group(group), part(group / kGroupsOfPart), warp(warp), lane(lane) {}
@@ -268,8 +270,17 @@ struct PassConsumer {
   }
 
   __device__ __forceinline__ void sync_group() { ptx::named_barrier_sync(kGroupBarrier + group, 128); }
-  // All warpgroups of the part.
-  __device__ __forceinline__ void sync_part() { ptx::named_barrier_sync(kPartBarrier + part, 128 * kGroupsOfPart); }
+  // All warpgroups of the part. If there are two, they do not share their code: synccheck objects to a named barrier at
+  // two places.
+  __device__ __forceinline__ void sync_part() {
+    if constexpr (kGroupsOfPart == 1) {
+      ptx::named_barrier_sync(kPartBarrier + part, 128);
+    } else {
+      ptx::barrier_arrive(&smem.part_done);
+      ptx::barrier_wait(&smem.part_done, done_parity);
+      done_parity ^= 1;
+    }
+  }
 
   // ---- row tiles
 
@@ -442,6 +453,7 @@ __device__ __forceinline__ void set_up_pass(const BackwardParams& params, typena
       ptx::barrier_init(&smem.column_full[i][kGradients], 1);
       ptx::barrier_init(&smem.column_empty[i], 4 * Traits::kGroups);
     }
+    ptx::barrier_init(&smem.part_done, 128 * Traits::kGroups / Traits::kParts);
     ptx::barrier_init_fence();
   }
   for (int i = threadIdx.x; i < params.mask_layout.words; i += Traits::kThreads) {

@@ -120,6 +120,71 @@ __global__ void reference_forward(FusedForwardParams p, int64_t step, float* out
   if (lane == 0) lse[sample] = maximum + logf(sum);
 }
 
+// P and dS of a query and a key, given where their rows are in their tensors.
+template <typename T>
+__device__ float2 pair_gradients(const FusedBackwardParams& p, int64_t query_row, int64_t key_row) {
+  const int dim = p.dim;
+  const auto row = [dim](const void* tensor, int64_t at) { return static_cast<const T*>(tensor) + at * dim; };
+  const T* d_out = row(p.d_out, query_row);
+  const float score = dot(row(p.query, query_row), row(p.key, key_row), dim) * float(p.scale);
+  const float probability = expf(score - static_cast<const float*>(p.lse)[query_row]);
+  const float delta = dot(row(p.out, query_row), d_out, dim) - static_cast<const float*>(p.d_lse)[query_row];
+  return {probability, probability * (dot(d_out, row(p.value, key_row), dim) - delta)};
+}
+
+// The gradients of every `step`-th pair of a query and a head, or of a key and a head (`second`: of its value). One
+// warp per pair: lanes over partners for P and dS, over channels for the gradients.
+template <typename T, bool kOfKeys>
+__global__ void reference_backward(FusedBackwardParams p, int64_t step, float* first, float* second) {
+  const int64_t sample = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32, own_row = sample * step;
+  const Axis* axes = p.neighborhood.axes;
+  const int own_heads = kOfKeys ? p.kv_heads : p.heads, partner_heads = kOfKeys ? p.heads : p.kv_heads;
+  if (own_row >= p.batch * p.neighborhood.positions() * own_heads) return;
+  const int lane = threadIdx.x % 32, head = own_row % own_heads, dim = p.dim;
+  int64_t rest = own_row / own_heads;
+  int phase[kMaxRank];
+  Interval partners[kMaxRank];
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    const int x = rest % axes[a].length;
+    rest /= axes[a].length;
+    phase[a] = x % axes[a].dilation;
+    const int own = x / axes[a].dilation, length = group_length(axes[a], phase[a]);
+    partners[a] = kOfKeys ? queries_of_key(axes[a], own, length) : window_of_query(axes[a], own, length);
+  }
+  const int n1 = partners[1].end - partners[1].begin, n2 = partners[2].end - partners[2].begin;
+  const int heads = kOfKeys ? p.group() : 1;  // of the partners
+  const int64_t count = int64_t(partners[0].end - partners[0].begin) * n1 * n2 * heads;
+  float sums[8] = {}, second_sums[8] = {};
+  for (int64_t base = 0; base < count; base += 32) {
+    const int64_t n = (base + lane) / heads;
+    int64_t row = 0;
+    float2 weights = {0, 0};
+    if (base + lane < count) {
+      const int in_group[kMaxRank] = {int(partners[0].begin + n / (int64_t(n1) * n2)),
+                                      int(partners[1].begin + n / n2 % n1), int(partners[2].begin + n % n2)};
+      row = rest;
+      for (int a = 0; a < kMaxRank; ++a) row = row * axes[a].length + in_group[a] * axes[a].dilation + phase[a];
+      const int partner_head = kOfKeys ? head * heads + int((base + lane) % heads) : head / p.group();
+      row = row * partner_heads + partner_head;
+      weights = kOfKeys ? pair_gradients<T>(p, row, own_row) : pair_gradients<T>(p, own_row, row);
+    }
+    for (int j = 0; j < 32 && base + j < count; ++j) {
+      const float probability = __shfl_sync(~0u, weights.x, j), d_score = __shfl_sync(~0u, weights.y, j);
+      const int64_t at = __shfl_sync(~0u, row, j) * dim;
+      for (int i = 0; i < 8; ++i) {
+        const int channel = lane + 32 * i;
+        if (channel >= dim) break;
+        sums[i] += d_score * to_float(static_cast<const T*>(kOfKeys ? p.query : p.key)[at + channel]);
+        if (kOfKeys) second_sums[i] += probability * to_float(static_cast<const T*>(p.d_out)[at + channel]);
+      }
+    }
+  }
+  for (int i = 0; i < 8 && lane + 32 * i < dim; ++i) {
+    first[sample * dim + lane + 32 * i] = sums[i] * float(p.scale);
+    if (kOfKeys) second[sample * dim + lane + 32 * i] = second_sums[i];
+  }
+}
+
 struct Difference {
   double squares, reference_squares;
   float lse;  // largest absolute difference

@@ -1,9 +1,9 @@
-// Proves and times the sm_90 backward on a GPU, without JAX. The reference are the direct kernels (cuda/naive) in
-// float32.
+// Proves and times the sm_90 backward on a GPU, without JAX.
 //
 //   sm90_backward_driver --correctness [N [SEED]]   the hard problems, then N random ones, under random plans
 //   sm90_backward_driver --random [N [SEED]]        the random ones alone, e.g. under compute-sanitizer
-//   sm90_backward_driver --bench [NAME..]           the benchmark table
+//   sm90_backward_driver --bench [NAME..]           the benchmark table: for each pass a known plan, and beside it the
+//                                                   chooser's first three
 //   sm90_backward_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
 // PLAN: see backward_plans.h
 #include <cuda_runtime.h>
@@ -15,9 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "../../cuda/common/workspace.h"
 #include "../../cuda/naive/naive.h"
 #include "../../cuda/sm90/backward.h"
+#include "../../cuda/sm90/backward_choose.h"
+#include "../../cuda/sm90/forward.h"
 #include "backward_plans.h"
 #include "device_reference.cuh"
 #include "problems.h"
@@ -26,21 +27,18 @@ namespace jax_natten::driver {
 namespace {
 
 using sm90::BackwardPlan;
+using sm90::PassPlan;
 
+// Of every `step`-th row of a result: sums[0] += squares of differences, sums[1] += squares of the reference, *bad +=
+// values that are no numbers.
 template <typename T>
-__global__ void widen(const T* from, float* to, int64_t count) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    to[i] = to_float(from[i]);
-  }
-}
-
-// sums[0] += squares of differences, sums[1] += squares of the reference; *bad += values that are no numbers.
-template <typename T>
-__global__ void add_errors(const T* result, const float* reference, int64_t count, double* sums, int* bad) {
+__global__ void add_errors(const T* result, const float* reference, int64_t samples, int64_t step, int dim,
+                           double* sums, int* bad) {
   double squares = 0, reference_squares = 0;
   int not_numbers = 0;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
-    const float x = to_float(result[i]), d = x - reference[i];
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < samples * dim; i += threads) {
+    const float x = to_float(result[i / dim * step * dim + i % dim]), d = x - reference[i];
     not_numbers += !(fabsf(x) < INFINITY);
     squares += double(d) * d;
     reference_squares += double(reference[i]) * reference[i];
@@ -64,6 +62,8 @@ class Arrays {
  public:
   static constexpr int64_t kGuard = 4096;
   static constexpr uint8_t kFill = 0xA5;
+  // Of problems with more rows of queries or of keys only a sample of those is compared.
+  static constexpr int64_t kMostRows = 40000, kSamples = 10000;
 
   explicit Arrays(const FusedShape& shape) {
     static_cast<FusedShape&>(params) = shape;
@@ -84,13 +84,23 @@ class Arrays {
     params.lse = lse;
     FusedForwardParams forward = {};
     static_cast<FusedShape&>(forward) = shape;
+    forward.additional_keys = forward.additional_values = forward.bias = nullptr;
     forward.query = params.query;
     forward.key = params.key;
     forward.value = params.value;
     forward.out = out;
     forward.lse = lse;
-    CHECK_CUDA(naive::fused_forward(forward, nullptr));
-    for (int i = 0; i < 3; ++i) gradients[i] = allocate<uint8_t>(2 * counts[i] + kGuard);
+    // The direct kernel would take most of the time for large problems; sm90_driver proves the other one.
+    sm90::Plan plan;
+    if (rows > kMostRows && sm90::choose_plan(shape, sm90::kProcessors, plan)) {
+      CHECK_CUDA(sm90::launch(forward, plan, nullptr));
+    } else {
+      CHECK_CUDA(naive::fused_forward(forward, nullptr));
+    }
+    for (int i = 0; i < 3; ++i) {
+      gradients[i] = allocate<uint8_t>(2 * counts[i] + kGuard);
+      first_run[i] = allocate<uint8_t>(2 * counts[i]);
+    }
     params.d_query = gradients[0];
     params.d_key = gradients[1];
     params.d_value = gradients[2];
@@ -109,39 +119,40 @@ class Arrays {
     CHECK_CUDA(cudaMemset(params.workspace, 0xFF, 4 * params.workspace_size));
   }
 
-  // Runs the plan twice; compares with the reference, the two runs with each other, and looks at the guard bytes.
-  // Prints a verdict.
-  bool check(const BackwardPlan& plan) {
+  // Runs the plan twice; compares the gradients of one pass, or of both, with the reference, the two runs with each
+  // other, and looks at the guard bytes. Prints a verdict.
+  bool check(const BackwardPlan& plan, bool of_queries = true, bool of_keys = true) {
     if (references[0] == nullptr) make_reference();
+    const int begin = of_queries ? 0 : 1, end = of_keys ? 3 : 1;
     auto* sums = allocate<double>(6);
     int* faults = allocate<int>(3);  // not numbers, guard bytes, differing words
     CHECK_CUDA(cudaMemset(sums, 0, 6 * sizeof(double)));
     CHECK_CUDA(cudaMemset(faults, 0, 3 * sizeof(int)));
     clear();
     CHECK_CUDA(sm90::launch_backward(params, plan, nullptr));
-    uint8_t* first[3];
-    for (int i = 0; i < 3; ++i) {
-      first[i] = allocate<uint8_t>(2 * counts[i]);
-      CHECK_CUDA(cudaMemcpy(first[i], gradients[i], 2 * counts[i], cudaMemcpyDeviceToDevice));
+    for (int i = begin; i < end; ++i) {
+      CHECK_CUDA(cudaMemcpy(first_run[i], gradients[i], 2 * counts[i], cudaMemcpyDeviceToDevice));
       with_type(params.dtype, [&](auto t) {
         using T = decltype(t);
-        add_errors<<<1024, 256>>>((const T*)gradients[i], references[i], counts[i], sums + 2 * i, faults);
+        add_errors<<<1024, 256>>>((const T*)gradients[i], references[i], samples[i], steps[i], params.dim, sums + 2 * i,
+                                  faults);
       });
       count_other_bytes<<<1, 256>>>(gradients[i] + 2 * counts[i], kGuard, kFill, faults + 1);
     }
     clear();
     CHECK_CUDA(sm90::launch_backward(params, plan, nullptr));
-    for (int i = 0; i < 3; ++i) {
-      count_different_words<<<256, 256>>>((uint32_t*)gradients[i], (uint32_t*)first[i], counts[i] / 2, faults + 2);
+    for (int i = begin; i < end; ++i) {
+      count_different_words<<<1024, 256>>>((uint32_t*)gradients[i], (uint32_t*)first_run[i], counts[i] / 2, faults + 2);
     }
     double s[6];
     int f[3];
     CHECK_CUDA(cudaMemcpy(s, sums, sizeof(s), cudaMemcpyDeviceToHost));
     CHECK_CUDA(cudaMemcpy(f, faults, sizeof(f), cudaMemcpyDeviceToHost));
     bool good = f[0] == 0 && f[1] == 0 && f[2] == 0;
-    for (int i = 0; i < 3; ++i) {
+    for (int i = begin; i < end; ++i) {
       // Gradients that cancel out are not asked to be exact.
-      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * double(counts[i])));
+      const double compared = double(samples[i]) * params.dim;
+      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * compared));
       good = good && error < (params.dtype == DType::kFloat16 ? 2e-3 : 1e-2);
       std::printf(" %s %.1e", i == 0 ? "dq" : i == 1 ? "dk" : "dv", error);
     }
@@ -166,31 +177,25 @@ class Arrays {
     return p;
   }
   void make_reference() {
-    FusedBackwardParams wide = params;
-    wide.dtype = DType::kFloat32;
-    const auto widened = [&](const void* from, int64_t count) {
-      auto* to = allocate<float>(count);
-      with_type(params.dtype, [&](auto t) { widen<<<1024, 256>>>((const decltype(t)*)from, to, count); });
-      return to;
-    };
-    wide.query = widened(params.query, counts[0]);
-    wide.key = widened(params.key, counts[1]);
-    wide.value = widened(params.value, counts[2]);
-    wide.out = widened(params.out, counts[0]);
-    wide.d_out = widened(params.d_out, counts[0]);
-    for (int i = 0; i < 3; ++i) references[i] = allocate<float>(counts[i]);
-    wide.d_query = references[0];
-    wide.d_key = references[1];
-    wide.d_value = references[2];
-    wide.workspace_size = fused_backward_workspace(wide);
-    wide.workspace = allocate<float>(wide.workspace_size);
-    CHECK_CUDA(naive::fused_backward(wide, nullptr));
+    for (int i = 0; i < 3; ++i) {
+      const int64_t all = counts[i] / params.dim;
+      steps[i] = all <= kMostRows ? 1 : all / kSamples | 1;
+      samples[i] = (all + steps[i] - 1) / steps[i];
+      references[i] = allocate<float>(samples[i] * params.dim);
+    }
+    with_type(params.dtype, [&](auto t) {
+      using T = decltype(t);
+      const auto blocks = [](int64_t pairs) { return unsigned((pairs * 32 + 255) / 256); };
+      reference_backward<T, false><<<blocks(samples[0]), 256>>>(params, steps[0], references[0], nullptr);
+      reference_backward<T, true><<<blocks(samples[1]), 256>>>(params, steps[1], references[1], references[2]);
+    });
     CHECK_CUDA(cudaDeviceSynchronize());
   }
 
   std::vector<void*> allocations;
-  uint8_t* gradients[3] = {};
+  uint8_t *gradients[3] = {}, *first_run[3] = {};
   float* references[3] = {};
+  int64_t samples[3] = {}, steps[3] = {};
 };
 
 // Of the forward, times 2.5: five products for the forward's two.
@@ -210,54 +215,86 @@ double useful_flops(const FusedShape& shape) {
   return 10 * pairs * shape.dim;
 }
 
-// Times plans in turns, so that clocks and temperature treat them alike, and prints the medians of the rounds.
-void bench(const Problem& problem, std::vector<BackwardPlan> plans) {
-  Arrays arrays(problem.shape);
+// Times the plans of a pass in turns, so that clocks and temperature treat them alike. Prints the medians of the rounds
+// and returns the plan with the least.
+PassPlan bench_pass(Arrays& arrays, const std::string& name, Walk pass, const std::vector<PassPlan>& plans,
+                    const BackwardPlan& rest, float& best) {
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
-  const auto milliseconds = [&](Walk pass, const BackwardPlan& plan, int launches) {
+  const bool query = pass == sm90::kQueryPass;
+  const auto whole = [&](const PassPlan& plan) {
+    return query ? BackwardPlan{plan, rest.key} : BackwardPlan{rest.query, plan};
+  };
+  const auto milliseconds = [&](const PassPlan& plan, int launches) {
     CHECK_CUDA(cudaEventRecord(begin));
-    for (int i = 0; i < launches; ++i) CHECK_CUDA(sm90::launch_backward_pass(pass, arrays.params, plan, nullptr));
+    for (int i = 0; i < launches; ++i) {
+      CHECK_CUDA(sm90::launch_backward_pass(pass, arrays.params, whole(plan), nullptr));
+    }
     CHECK_CUDA(cudaEventRecord(end));
     CHECK_CUDA(cudaDeviceSynchronize());
     float ms;
     CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
     return ms / launches;
   };
-  const auto refused = [&](const BackwardPlan& plan) {
-    const char* reason = sm90::why_not(arrays.params, plan);
-    if (reason != nullptr) std::printf("%-20s %s: %s\n", problem.name.c_str(), to_string(plan).c_str(), reason);
-    return reason != nullptr;
-  };
-  plans.erase(std::remove_if(plans.begin(), plans.end(), refused), plans.end());
-  constexpr int kRounds = 7;
-  std::vector<std::vector<float>> times[2];
-  for (auto& of_pass : times) of_pass.resize(plans.size());
+  constexpr int kRounds = 5;
+  std::vector<std::vector<float>> times(plans.size());
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < plans.size(); ++i) {
-      for (const Walk pass : {sm90::kQueryPass, sm90::kKeyPass}) {
-        std::vector<float>& t = times[pass == sm90::kKeyPass][i];
-        const float one = round == 0 ? milliseconds(pass, plans[i], 2) : t[0];
-        t.push_back(milliseconds(pass, plans[i], std::max(2, std::min(50, int(15 / one)))));
-      }
+      const float one = round == 0 ? milliseconds(plans[i], 1) : times[i][0];
+      times[i].push_back(milliseconds(plans[i], std::max(1, std::min(50, int(15 / one)))));
     }
   }
-  const double flops = useful_flops(problem.shape);
+  size_t fastest = 0;
+  best = INFINITY;
   for (size_t i = 0; i < plans.size(); ++i) {
-    float median[2];
-    for (int pass = 0; pass < 2; ++pass) {
-      std::sort(times[pass][i].begin(), times[pass][i].end());
-      median[pass] = times[pass][i][kRounds / 2];
-    }
-    std::printf("%-20s %-64s query %8.4f ms key %8.4f ms sum %8.4f ms %6.1f TFLOP/s", problem.name.c_str(),
-                to_string(plans[i]).c_str(), median[0], median[1], median[0] + median[1],
-                flops / (median[0] + median[1]) * 1e-9);
-    arrays.check(plans[i]);
+    std::sort(times[i].begin(), times[i].end());
+    const float median = times[i][kRounds / 2];
+    if (median < best) fastest = i, best = median;
+    const double expected = sm90::predict_pass(pass, arrays.params, plans[i], sm90::kProcessors).seconds;
+    std::printf("%-20s %-5s %-36s median %8.4f ms (model %8.4f)", name.c_str(), query ? "query" : "key",
+                to_string(plans[i]).c_str(), median, 1e3 * expected);
+    arrays.check(whole(plans[i]), query, !query);
     std::printf("\n");
   }
   CHECK_CUDA(cudaEventDestroy(begin));
   CHECK_CUDA(cudaEventDestroy(end));
+  return plans[fastest];
+}
+
+// The passes do not depend on each other's tiles: plans are timed per pass. `chosen`: of the chooser's first as well.
+void bench(const Problem& problem, const std::vector<BackwardPlan>& asked, int chosen) {
+  BackwardPlan first;
+  if (const char* reason = sm90::why_not_backward(problem.shape)) {
+    std::printf("%-20s %s\n", problem.name.c_str(), reason);
+    return;
+  }
+  sm90::choose_backward_plan(problem.shape, sm90::kProcessors, first);
+  Arrays arrays(problem.shape);
+  BackwardPlan fastest;
+  float times[2];
+  for (const Walk pass : {sm90::kQueryPass, sm90::kKeyPass}) {
+    std::vector<PassPlan> plans;
+    const auto add = [&](const PassPlan& plan) {
+      const auto same = [&](const PassPlan& other) { return to_string(other) == to_string(plan); };
+      if (std::any_of(plans.begin(), plans.end(), same)) return;
+      if (const char* reason = sm90::why_not_pass(pass, problem.shape, plan)) {
+        std::printf("%-20s %s: %s\n", problem.name.c_str(), to_string(plan).c_str(), reason);
+        return;
+      }
+      plans.push_back(plan);
+    };
+    for (const BackwardPlan& plan : asked) add(pass == sm90::kQueryPass ? plan.query : plan.key);
+    for (const auto& candidate : sm90::rank_pass_plans(pass, problem.shape, sm90::kProcessors, chosen)) {
+      add(candidate.plan);
+    }
+    if (plans.empty()) return;
+    PassPlan& best = pass == sm90::kQueryPass ? fastest.query : fastest.key;
+    best = bench_pass(arrays, problem.name, pass, plans, first, times[pass == sm90::kKeyPass]);
+  }
+  std::printf("%-20s fastest %s: %.4f + %.4f = %.4f ms, %.1f TFLOP/s\n", problem.name.c_str(),
+              to_string(fastest).c_str(), times[0], times[1], times[0] + times[1],
+              useful_flops(problem.shape) / (times[0] + times[1]) * 1e-9);
 }
 
 // Plans of the benchmark problems: fewest tiles.
@@ -341,7 +378,7 @@ int main(int argc, char** argv) {
       } else if (const auto known = known_plans().find(problem.name); known != known_plans().end()) {
         plans.push_back(parse_backward_plan(known->second));
       }
-      if (!plans.empty()) bench(problem, plans);
+      bench(problem, plans, mode == "--bench" ? 3 : 0);
     }
     return 0;
   }

@@ -205,17 +205,6 @@ def _structs(case: Case):
         yield name, jax.ShapeDtypeStruct((p.batch, *p.grid, heads, p.dim), case.dtype)
 
 
-def test_gradients_come_from_the_next_implementation():
-    case = Case(problem("gradients", 2, 4, 2, 64, [21, 19], [7, 5]), "bfloat16")
-    operands, cotangents = draw(case)
-
-    def gradients(implementation):
-        return jax.vjp(fused(case, implementation), operands)[1](cotangents)[0]
-
-    for name, x in gradients(("sm90", "naive")).items():
-        assert relative_error(x, gradients("naive")[name]) < 1e-2, name
-
-
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_a_poisoned_key_outside_of_the_window_reaches(poison):
     """A key never; a value the queries of tiles that hold it, since a zero probability times infinity is no number."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +202,14 @@ def test_calls_can_be_captured_into_a_graph(name):
         arrays = {n: jnp.asarray(x * np.asarray(factor, x.dtype)) for n, x in operands.items()}
         for a, b in zip(jax.tree.leaves(captured(arrays)), jax.tree.leaves(plain(arrays))):
             np.testing.assert_array_equal(a, b)
+
+
+def test_profile_prints_what_it_reaches(tmp_path):
+    command = [sys.executable, "-P", "-m", "jax_natten", "profile", "2d", "64x64", "-k", "13x13", "--heads", "8"]
+    command += ["--batch", "4", "--dim", "64", "--implementation", "sm90", "--backward"]
+    text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for word in ("TFLOP/s", "query pass", "key pass", "expects"):
+        assert word in text
 
 
 def test_offsets_past_two_to_the_31():
