@@ -93,8 +93,6 @@ class Best {
  public:
   explicit Best(size_t count) : count_(count) {}
 
-  bool full() const { return best_.size() == count_; }
-  double worst() const { return worst_; }
   // Whether a score would be among them.
   bool takes(double score) const { return !full() || score < worst_; }
 
@@ -110,6 +108,7 @@ class Best {
   }
 
  private:
+  bool full() const { return best_.size() == count_; }
   static bool less(const Candidate& a, const Candidate& b) { return a.score < b.score; }
 
   const size_t count_;
