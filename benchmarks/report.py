@@ -40,7 +40,7 @@ def draw(problem: problems.Problem, dtype, seed: int) -> list[jax.Array]:
     ]
 
 
-def ours(problem, implementation: str) -> Callable:
+def ours(problem, implementation: str | tuple[str, ...]) -> Callable:
     return lambda q, k, v: jax_natten.neighborhood_attention(q, k, v, **problem.window, implementation=implementation)
 
 
