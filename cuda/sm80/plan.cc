@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/remembered.h"
 #include "../common/tiling.h"
 #include "factorisations.h"
 
@@ -35,6 +36,48 @@ struct AxisCosts {
     }
   }
 };
+
+// Everything that the choice of tiles depends on: neither sizes of the batch nor the number of heads.
+ProblemKey key_of(const Neighborhood& neighborhood, const TileLimits& limits) {
+  ProblemKey key = {neighborhood.rank, limits.warps, limits.queries, limits.keys};
+  for (const Axis& axis : neighborhood.axes) {
+    key.insert(key.end(), {axis.length, axis.window, axis.stride, axis.dilation, axis.causal});
+  }
+  return key;
+}
+
+Plan search_tiles(const Neighborhood& neighborhood, const TileLimits& limits) {
+  const Axis* axes = neighborhood.axes;
+  const AxisCosts costs[kMaxRank] = {AxisCosts(axes[0]), AxisCosts(axes[1]), AxisCosts(axes[2])};
+  const int first = kMaxRank - neighborhood.rank;
+  // Copying a key tile takes about as long as a quarter of what its computation takes all warps together.
+  constexpr double kCopyCost = 0.25;
+  double best = -1;
+  Plan plan;
+  plan.rows = limits.warps * limits.queries;
+  for_each_factorisation(log2_of(limits.queries), first, [&](const int (&part)[kMaxRank]) {
+    for_each_factorisation(log2_of(limits.warps), first, [&](const int (&warps)[kMaxRank]) {
+      for_each_factorisation(log2_of(limits.keys), first, [&](const int (&keys)[kMaxRank]) {
+        double tiles = 1, visited = 1, computed = 1;
+        for (int a = 0; a < kMaxRank; ++a) {
+          const int tile = part[a] + warps[a];
+          tiles *= costs[a].tiles[tile];
+          visited *= costs[a].visited[tile][keys[a]];
+          computed *= warps[a] == 0 ? costs[a].visited[tile][keys[a]] : costs[a].computed[part[a]][keys[a]];
+        }
+        const double cost = tiles * (std::min(computed, visited) + kCopyCost * visited);
+        if (best >= 0 && cost >= best) return;
+        best = cost;
+        for (int a = 0; a < kMaxRank; ++a) {
+          plan.query_part[a] = 1 << part[a];
+          plan.query_tile[a] = 1 << (part[a] + warps[a]);
+          plan.key_tile[a] = 1 << keys[a];
+        }
+      });
+    });
+  });
+  return plan;
+}
 
 }  // namespace
 
@@ -78,36 +121,8 @@ const char* why_not_tiles(const FusedShape& shape, const Plan& plan, const TileL
 }
 
 Plan choose_tiles(const FusedShape& shape, const TileLimits& limits) {
-  const Axis* axes = shape.neighborhood.axes;
-  const AxisCosts costs[kMaxRank] = {AxisCosts(axes[0]), AxisCosts(axes[1]), AxisCosts(axes[2])};
-  const int first = kMaxRank - shape.neighborhood.rank;
-  // Copying a key tile takes about as long as a quarter of what its computation takes all warps together.
-  constexpr double kCopyCost = 0.25;
-  double best = -1;
-  Plan plan;
-  plan.rows = limits.warps * limits.queries;
-  for_each_factorisation(log2_of(limits.queries), first, [&](const int (&part)[kMaxRank]) {
-    for_each_factorisation(log2_of(limits.warps), first, [&](const int (&warps)[kMaxRank]) {
-      for_each_factorisation(log2_of(limits.keys), first, [&](const int (&keys)[kMaxRank]) {
-        double tiles = 1, visited = 1, computed = 1;
-        for (int a = 0; a < kMaxRank; ++a) {
-          const int tile = part[a] + warps[a];
-          tiles *= costs[a].tiles[tile];
-          visited *= costs[a].visited[tile][keys[a]];
-          computed *= warps[a] == 0 ? costs[a].visited[tile][keys[a]] : costs[a].computed[part[a]][keys[a]];
-        }
-        const double cost = tiles * (std::min(computed, visited) + kCopyCost * visited);
-        if (best >= 0 && cost >= best) return;
-        best = cost;
-        for (int a = 0; a < kMaxRank; ++a) {
-          plan.query_part[a] = 1 << part[a];
-          plan.query_tile[a] = 1 << (part[a] + warps[a]);
-          plan.key_tile[a] = 1 << keys[a];
-        }
-      });
-    });
-  });
-  return plan;
+  static Remembered<Plan> known;
+  return known.find(key_of(shape.neighborhood, limits), [&] { return search_tiles(shape.neighborhood, limits); });
 }
 
 }  // namespace jax_natten::sm80

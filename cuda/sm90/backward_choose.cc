@@ -84,7 +84,7 @@ std::vector<PassCandidate> rank_pass_plans(Walk pass, const FusedShape& shape, i
 
 bool choose_backward_plan(const FusedShape& shape, int processors, BackwardPlan& plan) {
   static Remembered<Choice> known;
-  const Choice choice = known.find(shape, processors, [&] { return choose(shape, processors); });
+  const Choice choice = known.find(key_of(shape, processors), [&] { return choose(shape, processors); });
   if (choice.any) plan = choice.plan;
   return choice.any;
 }

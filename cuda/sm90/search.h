@@ -6,12 +6,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <map>
-#include <mutex>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "../common/remembered.h"
 #include "../common/tile_model.h"
 #include "plan.h"
 
@@ -117,33 +116,6 @@ class Best {
 };
 
 // Everything that a choice depends on.
-using ProblemKey = std::vector<int64_t>;
 ProblemKey key_of(const FusedShape& shape, int processors);
-
-// Choices by problem. Thread-safe.
-template <typename Choice>
-class Remembered {
- public:
-  // `choose`: makes the choice if it is not known yet.
-  template <typename Choose>
-  Choice find(const FusedShape& shape, int processors, Choose choose) {
-    const ProblemKey key = key_of(shape, processors);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = known_.find(key);
-      if (found != known_.end()) return found->second;
-    }
-    const Choice choice = choose();
-    constexpr size_t kMostKnown = 4096;  // shapes of a program that never stops making up new ones
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (known_.size() >= kMostKnown) known_.clear();
-    known_.emplace(key, choice);
-    return choice;
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<ProblemKey, Choice> known_;
-};
 
 }  // namespace jax_natten::sm90
