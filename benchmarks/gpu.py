@@ -62,22 +62,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    tables = {"small": problems.SMALL, "unfused": problems.UNFUSED, "large": problems.LARGE}
     rows = []
     peers = read_peers(arguments.peers)
-    yardstick = None if arguments.groups == ["unfused"] else find_yardstick(arguments.dtype)
-    for group in arguments.groups:
-        compare = compare_unfused if group == "unfused" else functools.partial(compare_fused, yardstick=yardstick)
-        for problem in tables[group].values():
-            if arguments.only and problem.name not in arguments.only:
-                continue
-            names = arguments.implementations or IMPLEMENTATIONS[group]
-            for line in compare(problem, names, arguments, jnp.dtype(arguments.dtype)):
-                line |= {f"{peer} ms": time for peer, time in peers.get((problem.name, line["direction"]), {}).items()}
-                print(line, flush=True)
-                rows.append(line)
+    try:
+        for line in compare(arguments):
+            line |= {f"{peer} ms": time for peer, time in peers.get((line["problem"], line["direction"]), {}).items()}
+            print(line, flush=True)
+            rows.append(line)
+    except KeyboardInterrupt:
+        print("interrupted: what has been measured follows")
     name = "_".join([jax.devices()[0].device_kind.lower().replace(" ", "_"), arguments.dtype])
     report.publish(rows, arguments.csv or report.ROOT / "results" / f"{name}.csv")
+
+
+def compare(arguments):
+    """The rows of the table."""
+    tables = {"small": problems.SMALL, "unfused": problems.UNFUSED, "large": problems.LARGE}
+    yardstick = None if arguments.groups == ["unfused"] else find_yardstick(arguments.dtype)
+    for group in arguments.groups:
+        rows = compare_unfused if group == "unfused" else functools.partial(compare_fused, yardstick=yardstick)
+        for problem in tables[group].values():
+            if not arguments.only or problem.name in arguments.only:
+                names = arguments.implementations or IMPLEMENTATIONS[group]
+                yield from rows(problem, names, arguments, jnp.dtype(arguments.dtype))
 
 
 def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
