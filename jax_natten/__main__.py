@@ -71,8 +71,7 @@ def info() -> str:
         for dtype in map(jnp.dtype, _DTYPES):
             table.append((name, dtype.name, *(_implementations(name, dtype, ops) for ops in _COLUMNS.values())))
     heading = "Implementations that apply, best first, for a 7x7 window and head dim 64:"
-    by_name = f"By name only: {', '.join(dispatch.ONLY_BY_NAME) or 'none'}."
-    return "\n".join([*align(rows), "", heading, *align(table), "", by_name, _DERIVATIVES])
+    return "\n".join([*align(rows), "", heading, *align(table), "", _DERIVATIVES])
 
 
 def _devices() -> str:

@@ -31,8 +31,6 @@ IMPLEMENTATIONS = ("sm90", "sm80", "naive", "cpu", "xla")
 
 # In order of preference; the last one of each platform takes everything.
 _PREFERENCE = {"cuda": ("sm90", "sm80", "naive", "xla"), "cpu": ("cpu", "xla")}
-# Taken by name only, never by None: "sm80", until its float32 products are as exact on a GPU as those of plain JAX.
-ONLY_BY_NAME = ("sm80",)
 # The implementations that can be told their tiles.
 _TAKES_TILES = ("sm90",)
 _PLATFORM = {"sm90": "cuda", "sm80": "cuda", "naive": "cuda", "cpu": "cpu"}
@@ -128,7 +126,7 @@ def tile_attribute(problem: Problem, names: Sequence[str], asked: tiles.Tiles | 
 
 
 def _defaults(platform: str) -> tuple[str, ...]:
-    return tuple(name for name in _PREFERENCE.get(platform, ("xla",)) if name not in ONLY_BY_NAME)
+    return _PREFERENCE.get(platform, ("xla",))
 
 
 def candidates(problem: Problem, platform: str, requested: tuple[str, ...] | None = None) -> tuple[str, ...]:

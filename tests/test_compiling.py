@@ -55,8 +55,8 @@ def check_persistent_cache(folder, devices: int) -> None:
         return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
 
     first, second = counts(), counts()
-    # On one device what jit partitions is the first program again.
-    assert all(hits == 0 for hits, _ in (first if devices > 1 else first[:2]))
+    # On one device the other two may be the first program again.
+    assert all(hits == 0 for hits, _ in (first if devices > 1 else first[:1]))
     alone, by_shard_map, by_jit = second
     assert alone == by_shard_map == (1, 0)
     if devices > 1:

@@ -202,13 +202,9 @@ def test_hopper_kernels_are_called_where_they_are_named():
 
 
 @needs_library
-def test_none_takes_hopper_kernels_unless_they_must_be_named(monkeypatch):
-    first = 'implementation = "sm90,'
+def test_none_takes_hopper_kernels_first():
     text = lowered(attention(None), _structs(HOPPER)[0], platforms=("cuda",))
-    assert (first in text) == ("sm90" not in dispatch.ONLY_BY_NAME)
-    monkeypatch.setattr(dispatch, "ONLY_BY_NAME", ())
-    jax.clear_caches()
-    assert first in lowered(attention(None), _structs(HOPPER)[0], platforms=("cuda",))
+    assert 'implementation = "sm90,sm80,naive"' in text
 
 
 @needs_library
@@ -272,7 +268,7 @@ def test_tiles_that_cannot_be_honoured_are_errors_at_trace_time():
         jax.eval_shape(attention("sm90", Tiles("wide", (128,), (64,), (128,))), operands)
     with pytest.raises(TypeError, match="tiles must be None or"):
         jax.eval_shape(attention("sm90", (16, 8)), operands)
-    for implementation in ("naive", ("cpu", "xla"), *((None,) if "sm90" in dispatch.ONLY_BY_NAME else ())):
+    for implementation in ("naive", ("cpu", "xla")):
         with pytest.raises(NotImplementedError, match="tiles are for implementations sm90"):
             jax.eval_shape(attention(implementation, TILES), operands)
 
