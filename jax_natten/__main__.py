@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (simulate, profile):
         add_problem_arguments(command)
     simulate.add_argument("--count", type=int, default=5, help="how many choices of tiles to show")
-    simulate.add_argument("--processors", type=int, help="multiprocessors of the GPU, by default those of an H200")
+    simulate.add_argument("--processors", type=int, help="multiprocessors of the GPU, by default those of an H100")
     profile.add_argument("--implementation", help="as the argument of the functions; several with commas between them")
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":

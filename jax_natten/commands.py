@@ -53,7 +53,7 @@ def simulate(arguments: argparse.Namespace) -> int:
         f"\n{best.query_tiles:.6g} query tiles; visited: key tiles per query tile. Dense attention: "
         f"{1e3 * best.dense_seconds:.4g} ms. {best.pairs:.4g} pairs in windows, "
         f"{4e-12 * best.pairs * problem.head_dim / best.seconds:.4g} useful TFLOP/s. Counts are exact, "
-        "times those of a model of an H200."
+        "times those of a model of an H100."
     )
     return 0
 

@@ -2,7 +2,7 @@
 
 Everything here asks the compiled library (``cuda/sm90/choose.h``), which needs neither CUDA nor a GPU for it: the tile
 geometry, the limits of the kernels and the cost model are written once, in C++. Counts of tiles are exact; times are
-those of a model fitted to measurements on an H200.
+those of a model fitted to measurements on an H100.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def simulate(
     Args:
       problem: a fused forward.
       tiles: tiles to be simulated instead of the model's choice.
-      processors: multiprocessors of the GPU, by default those of an H200.
+      processors: multiprocessors of the GPU, by default those of an H100.
       count: how many tiles at most.
 
     Raises:
@@ -205,7 +205,7 @@ def simulate_backward(
 
     Args:
       problem: a fused backward.
-      processors: multiprocessors of the GPU, by default those of an H200.
+      processors: multiprocessors of the GPU, by default those of an H100.
       count: how many tiles at most, per pass.
 
     Returns:

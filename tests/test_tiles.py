@@ -20,27 +20,33 @@ from jax_natten.tiles import Tiles
 
 pytestmark = pytest.mark.skipif(native.model is None, reason="no library is built")
 
-# Measured best on an H200 among those that were tried (tests/gpu/sm90_driver.cu, known_plans), and what the kernel or
-# its prototype took, in milliseconds.
+# What tiles took on an H100, in milliseconds (tests/gpu/sm90_driver.cu): the best, or nearly, of those tried.
 KNOWN = {
-    "flux_s1": ("wide:16x8:8x8:16x8", 9.63),
-    "flux_s16": ("wide:16x8:8x8:16x8", 7.62),
-    "hunyuan_s1": ("wide:2x8x8:2x4x8:2x8x8", 42.0),
-    "hunyuan_s16_8_8": ("wide:2x8x8:1x8x8:2x8x8", 22.6),
-    "cosmos_s1": ("wide:16x4x2:16x4x1:16x4x2", 10.6),
-    "cosmos_s1_8_16": ("wide:2x4x16:1x4x16:1x8x16", 8.9),
-    "cosmos_w16_32_48": ("wide:16x2x4:16x1x4:16x2x4", 36.4),
-    "seq32k_w2048": ("wide:128:64:128", 0.930),
-    "seq32k_w2048_s256": ("wide:128:64:128", 0.870),
-    "seq32k_w2048_causal": ("wide:128:64:128", 0.910),
-    "dense16k_d128": ("wide:128:64:128", 3.21),
-    "dense16k_d64": ("wide:128:64:128", 4.80),
-    "nat_56": ("warp:28x4:4x4:34x10:1,2,2", 0.0846),
-    "nat_28": ("warp:28x4:4x4:28x10:1,2,2", 0.0479),
-    "nat_14": ("warp:14x7:2x7:14x13:1,2,2", 0.0278),
-    "dinat_56_d8": ("warp:8x8:4x4:7x7:2,2,2", 0.0773),
-    "hdit_64_k13": ("warp:8x8:4x4:4x20:1,2,2", 0.3339),
-    "weather": ("warp:2x10x12:2x2x4:1x16x18:1,2,4", 0.4489),
+    "flux_s1": ("wide:16x8:8x8:16x8", 10.3),
+    "flux_s16": ("wide:16x8:8x8:16x8", 8.52),
+    "hunyuan_s1": ("wide:2x8x8:2x4x8:2x8x8", 45.1),
+    "hunyuan_s16_8_8": ("wide:2x8x8:1x8x8:2x8x8", 24.0),
+    "cosmos_s1": ("wide:16x4x2:16x4x1:16x4x2", 10.9),
+    "cosmos_s1_8_16": ("wide:2x4x16:1x4x16:1x8x16", 9.27),
+    "cosmos_w16_32_48": ("wide:16x2x4:16x1x4:16x2x4", 38.4),
+    "cosmos2_s1_4_8": ("wide:4x4x8:2x4x8:4x4x8", 3.48),
+    "seq32k_w2048": ("wide:128:64:128", 1.05),
+    "seq32k_w2048_s256": ("wide:128:64:128", 0.921),
+    "seq32k_w2048_causal": ("wide:128:64:128", 0.954),
+    "seq32k_gqa8": ("wide:128:64:128", 1.87),
+    "dense16k_d128": ("wide:128:64:128", 3.28),
+    "dense16k_d64": ("wide:128:64:128", 5.09),
+    "nat_56": ("warp:20x8:4x4:26x14:1,2,2", 0.125),
+    "nat_28": ("warp:28x4:4x4:28x10:1,2,2", 0.0638),
+    "nat_14": ("warp:14x14:7x2:14x14:1,2,2", 0.0323),
+    "nat_7": ("warp:8x8:4x4:7x7:2,2,2", 0.0208),
+    "dinat_56_d8": ("warp:8x8:4x4:7x7:2,2,2", 0.122),
+    "dinat_28_d4": ("warp:8x8:4x4:7x7:2,2,2", 0.0647),
+    "hdit_64_k13": ("warp:8x16:8x2:4x28:1,2,4", 0.479),
+    "hdit_64_k13_d4": ("wide:16x8:8x8:16x8", 0.306),
+    "seq4k_w127": ("wide:128:64:128", 0.149),
+    "weather": ("warp:2x10x12:2x2x4:1x16x18:1,2,4", 0.561),
+    "vae_k3_7_7": ("warp:2x4x20:2x2x4:1x10x26:1,2,2", 0.344),
 }
 
 
@@ -68,7 +74,7 @@ def bench(name: str) -> dispatch.Problem:
 def test_the_model_explains_what_was_measured(name):
     plan, milliseconds = KNOWN[name]
     known = tiles.simulate(bench(name), commands.parse_tiles(plan))[0]
-    assert 0.85 < 1e3 * known.seconds / milliseconds < 1.15
+    assert 0.80 < 1e3 * known.seconds / milliseconds < 1.15
     best = tiles.simulate(bench(name))[0]
     assert best.tiles.structure == known.tiles.structure
     # Ties aside, what is chosen is no slower by the model's own words.
@@ -226,18 +232,26 @@ def test_more_processors_take_less_time():
 
 # ---- the backward
 
-# Structures, and milliseconds of the query and of the key pass: of the kernels on an H100 or of their prototype on an
-# H200, under tiles that make few column tiles (tests/gpu/sm90_backward_driver.cu, known_plans).
+# Structures, and milliseconds of the query and of the key pass on an H100 under the tiles that the model chooses or
+# others of nearly equal work (tests/gpu/sm90_backward_driver.cu).
 KNOWN_BACKWARD = {
-    "flux_s1": ("large", "large", 14.4, 21.8),
-    "flux_s16": ("large", "large", 11.6, 17.9),
-    "hunyuan_s1": ("large", "large", 56.2, 98.0),
-    "hunyuan_s16_8_8": ("large", "large", 30.8, 49.2),
-    "seq32k_w2048": ("large", "large", 1.32, 1.64),
-    "dense16k_d128": ("large", "large", 4.11, 5.83),
-    "dense16k_d64": ("large", "large", 4.89, 6.81),
-    "nat_56": ("small", "small", 0.212, 0.232),
-    "hdit_64_k13": ("small", "small", 0.481, 0.690),
+    "flux_s1": ("large", "large", 14.2, 20.4),
+    "flux_s16": ("large", "large", 12.3, 17.3),
+    "hunyuan_s1": ("large", "large", 56.2, 91.1),
+    "hunyuan_s16_8_8": ("large", "large", 35.2, 58.1),
+    "cosmos_s1": ("large", "large", 14.5, 23.6),
+    "cosmos_w16_32_48": ("large", "large", 54.5, 98.9),
+    "seq32k_w2048": ("large", "large", 1.39, 1.87),
+    "seq32k_gqa8": ("large", "large", 2.72, 3.45),
+    "dense16k_d128": ("large", "large", 5.01, 6.53),
+    "dense16k_d64": ("large", "large", 5.17, 7.91),
+    "nat_56": ("small", "small", 0.197, 0.245),
+    "nat_28": ("small", "small", 0.120, 0.171),
+    "nat_14": ("small", "small", 0.0582, 0.0871),
+    "dinat_56_d8": ("small", "small", 0.145, 0.140),
+    "dinat_28_d4": ("small", "small", 0.0743, 0.0724),
+    "hdit_64_k13": ("small", "small", 0.516, 0.732),
+    "hdit_64_k13_d4": ("small", "small", 0.418, 0.439),
 }
 
 
@@ -250,7 +264,6 @@ def test_the_model_of_the_backward_explains_what_was_measured(name):
     *structures, query, key = KNOWN_BACKWARD[name]
     found = tiles.simulate_backward(backward(bench(name)))
     assert [found[x][0].tiles.structure for x in ("query", "key")] == structures
-    # The prototype is 10 to 15 % faster, and its tiles and those of the first runs are not always the model's.
     assert 0.80 < 1e3 * found["query"][0].seconds / query < 1.20
     assert 0.80 < 1e3 * found["key"][0].seconds / key < 1.20
 

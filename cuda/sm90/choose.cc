@@ -142,7 +142,7 @@ class Search {
 
   void propose(const Plan& plan, double seconds) {
     if (!best_.takes(seconds)) return;
-    const double score = seconds * (preference(plan, shape_.neighborhood.rank) + 1e-2 * (plan.heads - 1));
+    const double score = seconds * (preference(plan, shape_.neighborhood.rank) + 5e-2 * (plan.heads - 1));
     if (!best_.takes(score) || why_not(shape_, plan) != nullptr) return;
     best_.add({plan, seconds, score});
   }

@@ -10,7 +10,7 @@
 
 namespace jax_natten::sm90 {
 
-// Multiprocessors of the GPU that the constants were fitted to (H200, as of all H100 in SXM form).
+// Multiprocessors of the GPU that the constants were fitted to (H100 in SXM form; an H200 has as many).
 constexpr int kProcessors = 132;
 
 // What bounds a plan.

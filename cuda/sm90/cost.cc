@@ -42,11 +42,12 @@ struct WarpCost {
 
 constexpr WarpCost warp_cost(int row_bytes, int dim) {
   const double bytes_per_second = (row_bytes == 64 ? 8e12 : 11e12) / kProcessors;
-  return dim == 32 ? WarpCost{1.61e-3 * kMicrosecond, 0.138 * kMicrosecond, bytes_per_second}
-                   : WarpCost{3.33e-3 * kMicrosecond, 0.034 * kMicrosecond, bytes_per_second};
+  return dim == 32 ? WarpCost{1.58e-3 * kMicrosecond, 0.125 * kMicrosecond, bytes_per_second}
+                   : WarpCost{3.27e-3 * kMicrosecond, 0.020 * kMicrosecond, bytes_per_second};
 }
 
-constexpr double kWarpBusy = 8;      // warps that keep a multiprocessor busy
+constexpr double kWarpBusy = 8;  // warps that keep a multiprocessor busy
+constexpr double kWarpQueryTile = 0.16 * kMicrosecond;
 
 TileCounts repeated(const TileCounts& counts, double times) {
   return {counts.query_tiles * times, counts.parts * times, counts.visited * times, counts.computed * times,
@@ -104,9 +105,12 @@ Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list,
   const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, blocks) / p.tiles.query_tiles;
   const int row_bytes = 2 * dim * plan.heads;
   const WarpCost cost = warp_cost(row_bytes, dim);
-  const double idle = std::max(kWarpBusy / (resident * count_warps(plan)), 1.0);
+  // Warps whose part of a tile lies past the end of the grid do nothing.
+  const double busy = p.tiles.parts * plan.heads / p.tiles.query_tiles;
+  const double idle = std::max(kWarpBusy / (resident * busy), 1.0);
   const double keys = list * p.tiles.computed * plan.heads;
-  p.compute = per_tile * idle * (cost.key * keys + cost.part * p.tiles.parts * plan.heads);
+  p.compute = per_tile * (idle * (cost.key * keys + cost.part * p.tiles.parts * plan.heads) +
+                          kWarpQueryTile * p.tiles.query_tiles);
   p.shared_memory = per_tile * p.tiles.visited * 2.0 * product(plan.key_tile) * row_bytes / cost.bytes_per_second;
   p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
   return p;
