@@ -168,7 +168,8 @@ std::vector<Candidate> rank_plans(const FusedShape& shape, int processors, int c
 
 bool choose_plan(const FusedShape& shape, int processors, Plan& plan) {
   static Remembered<std::vector<Candidate>> known;
-  const std::vector<Candidate> best = known.find(key_of(shape, processors), [&] { return rank_plans(shape, processors, 1); });
+  const std::vector<Candidate> best =
+      known.find(key_of(shape, processors), [&] { return rank_plans(shape, processors, 1); });
   if (!best.empty()) plan = best[0].plan;
   return !best.empty();
 }
