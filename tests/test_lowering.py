@@ -21,7 +21,7 @@ CASE = Case(SHAPE, "bfloat16", value_dim=3, additional=2, scale=0.25)
 TARGETS = ("jax_natten_fused_forward", "jax_natten_fused_backward", "jax_natten_pn", "jax_natten_nn", "jax_natten_in")
 
 PLATFORMS = ("cuda", "cpu")
-KERNELS = {"cuda": "naive", "cpu": "cpu"}
+KERNELS = {"cuda": "sm80,naive", "cpu": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def test_naming_xla_gives_pure_jax_everywhere():
 def test_one_function_for_several_platforms_holds_the_calls_of_each():
     text = lowered(fused(CASE, None), _structs(CASE)[0], platforms=("cpu", "cuda", "tpu"))
     assert text.count("@jax_natten_fused_forward(") == 2  # and pure JAX for the TPU
-    assert 'implementation = "naive"' in text and 'implementation = "cpu"' in text
+    assert 'implementation = "sm80,naive"' in text and 'implementation = "cpu"' in text
 
 
 def test_named_kernels_are_passed_on_in_order_of_preference():
