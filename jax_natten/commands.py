@@ -150,7 +150,7 @@ def spell(asked: tiles.Tiles | tiles.PassTiles) -> str:
     """Tiles as the command line takes them, and those of the backward likewise."""
     boxes = ("x".join(map(str, box)) for box in (asked.query_tile, asked.query_part, asked.key_tile))
     text = ":".join((asked.structure, *boxes))
-    if isinstance(asked, tiles.PassTiles) or asked.structure == "wide":
+    if isinstance(asked, tiles.PassTiles) or asked.structure != "warp":
         return text
     return f"{text}:{asked.heads},{asked.slots},{asked.stages}"
 

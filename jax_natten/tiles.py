@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jax_natten.dispatch import Problem
 
 # Structures of kernels, at the place of their number in the wire format (cuda/sm90/plan.h).
-STRUCTURES = ("wide", "warp")
+STRUCTURES = ("wide", "warp", "middle")
 _MISSING = "needs the compiled library of jax_natten, which was not built"
 
 
@@ -31,7 +31,8 @@ class Tiles:
     Which tiles fit depends on the case; those that do not are refused with the reason.
 
     Attributes:
-      structure: "wide", two warpgroups of up to 64 queries each (large windows), or "warp", up to 16 queries per warp
+      structure: "wide", two warpgroups of up to 64 queries each (large windows); "middle", one such warpgroup, two or
+        three to a multiprocessor (windows of middling size, head dims up to 128); or "warp", up to 16 queries per warp
         (small windows, head dims up to 64).
       query_tile: queries that one thread block works on, per grid axis.
       query_part: of those, queries of one warpgroup or warp, per grid axis.

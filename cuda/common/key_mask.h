@@ -56,13 +56,14 @@ JAX_NATTEN_HD uint32_t first_columns_word(int count, int q) {
 }
 
 // Columns whose key lies in a box of windows, relative like `begin` of the tile.
-template <int kRank>
-JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, const Interval* window,
+template <int kRank, class Window>
+JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, const Window* windows,
                                      const int* begin, int q) {
   uint32_t word = ~uint32_t(0);
   JAX_NATTEN_UNROLL
   for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-    word &= key_mask_word(layout, table, a, {window[a].begin - begin[a], window[a].end - begin[a]}, q);
+    const Interval window = windows[a];
+    word &= key_mask_word(layout, table, a, {window.begin - begin[a], window.end - begin[a]}, q);
   }
   return word;
 }

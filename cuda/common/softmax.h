@@ -18,6 +18,21 @@ __device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_
   }
 }
 
+// The same for both rows and the columns of one span of kColumns.
+template <int kColumns, int kCount>
+__device__ __forceinline__ void mask_columns(float (&scores)[kCount], int span, const uint32_t (&words)[2]) {
+#pragma unroll
+  for (int bit = 0; bit < kColumns / 4; ++bit) {
+    const int n = span * (kColumns / 4) + bit;
+    if (n >= kCount / 2) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& score = scores[n / 2 * 4 + 2 * i + n % 2];
+      score = (words[i] >> n) & 1 ? score : -INFINITY;
+    }
+  }
+}
+
 // Scores become scale score + bias, in powers of two. The bias of a column that `word` names is entries[offset], the
 // column's place in `offsets`; others, whose entries need not exist, get none. offsets: of this lane's first column.
 template <int kCount>
@@ -66,54 +81,32 @@ struct OnlineSoftmax {
   // Turns scores into p. True (for the whole warp) if outputs so far must be multiplied by `correction`.
   template <int kCount>
   __device__ __forceinline__ bool update(float (&scores)[kCount]) {
-    const bool grew = raise_maximum(scores);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float reference = maximum[i] == -INFINITY ? 0.f : maximum[i] * scale;
-      float even = sum[i], odd = 0;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        float &first = scores[4 * j + 2 * i], &second = scores[4 * j + 2 * i + 1];
-        first = ptx::exp2_approximate(fmaf(first, scale, -reference));
-        second = ptx::exp2_approximate(fmaf(second, scale, -reference));
-        even += first;
-        odd += second;
-      }
-      sum[i] = even + odd;
-    }
+    const auto sees = [](int) { return true; };
+    const bool grew = raise_maximum<2 * kCount>(scores, sees);
+    exponentiate<2 * kCount>(scores, sees, [](int, bool) {});
     return grew;
   }
 
-  // What remains: the sums over all columns, and the factors that normalise the outputs. A row without keys (outside
-  // the grid) gives zeros.
-  __device__ __forceinline__ void finish(float (&normalizer)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = quad_sum(sum[i]);
-      normalizer[i] = sum[i] == 0 ? 0.f : __fdividef(1.f, sum[i]);
-    }
-  }
+  // The two halves of an update where the warp sees only some spans of kColumns columns: sees(span).
 
-  // Natural log of the sum of exponentials, after finish().
-  __device__ __forceinline__ float log_sum_exp(int i) const {
-    constexpr float kLn2 = 0.6931471805599453f;
-    return sum[i] == 0 ? -INFINITY : (maximum[i] * scale + ptx::log2_approximate(sum[i])) * kLn2;
-  }
-
- private:
-  template <int kCount>
-  __device__ __forceinline__ bool raise_maximum(const float (&scores)[kCount]) {
-    float tile[2];
+  template <int kColumns, int kCount, class Sees>
+  __device__ __forceinline__ bool raise_maximum(const float (&scores)[kCount], Sees sees) {
+    constexpr int kSpan = kColumns / 8;  // of the fragment's steps of 8 columns
+    float tile[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float even = -INFINITY, odd = -INFINITY;
+    for (int span = 0; span * kSpan < kCount / 4; ++span) {
+      if (!sees(span)) continue;
 #pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        even = fmaxf(even, scores[4 * j + 2 * i]);
-        odd = fmaxf(odd, scores[4 * j + 2 * i + 1]);
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = span * kSpan; j < (span + 1) * kSpan && j < kCount / 4; ++j) {
+          even[i] = fmaxf(even[i], scores[4 * j + 2 * i]);
+          odd[i] = fmaxf(odd[i], scores[4 * j + 2 * i + 1]);
+        }
       }
-      tile[i] = fmaxf(even, odd);
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) tile[i] = fmaxf(even[i], odd[i]);
     bool grew[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -132,6 +125,52 @@ struct OnlineSoftmax {
       sum[i] *= correction[i];
     }
     return true;
+  }
+
+  // take(span, seen) takes each span's p, if it was seen; else it is 0, and not among the scores.
+  template <int kColumns, int kCount, class Sees, class Take>
+  __device__ __forceinline__ void exponentiate(float (&scores)[kCount], Sees sees, Take take) {
+    constexpr int kSpan = kColumns / 8;
+    float reference[2], even[2] = {sum[0], sum[1]}, odd[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) reference[i] = maximum[i] == -INFINITY ? 0.f : maximum[i] * scale;
+#pragma unroll
+    for (int span = 0; span * kSpan < kCount / 4; ++span) {
+      if (sees(span)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = span * kSpan; j < (span + 1) * kSpan && j < kCount / 4; ++j) {
+            float &first = scores[4 * j + 2 * i], &second = scores[4 * j + 2 * i + 1];
+            first = ptx::exp2_approximate(fmaf(first, scale, -reference[i]));
+            second = ptx::exp2_approximate(fmaf(second, scale, -reference[i]));
+            even[i] += first;
+            odd[i] += second;
+          }
+        }
+        take(span, true);
+      } else {
+        take(span, false);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] = even[i] + odd[i];
+  }
+
+  // What remains: the sums over all columns, and the factors that normalise the outputs. A row without keys (outside
+  // the grid) gives zeros.
+  __device__ __forceinline__ void finish(float (&normalizer)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[i] = quad_sum(sum[i]);
+      normalizer[i] = sum[i] == 0 ? 0.f : __fdividef(1.f, sum[i]);
+    }
+  }
+
+  // Natural log of the sum of exponentials, after finish().
+  __device__ __forceinline__ float log_sum_exp(int i) const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum[i] == 0 ? -INFINITY : (maximum[i] * scale + ptx::log2_approximate(sum[i])) * kLn2;
   }
 };
 

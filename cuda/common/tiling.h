@@ -51,6 +51,19 @@ JAX_NATTEN_HD Interval plain_window(const TiledAxis& axis, int i, int length) {
   return {begin, begin + axis.window};
 }
 
+// An interval of up to 2^15 keys in one register.
+class PackedInterval {
+ public:
+  PackedInterval() = default;
+  JAX_NATTEN_HD PackedInterval(Interval i) : packed_(i.begin << 16 | (i.end & 0xFFFF)) {}
+  JAX_NATTEN_HD operator Interval() const { return {packed_ >> 16, int(unsigned(packed_) << 16) >> 16}; }
+
+ private:
+  int packed_;
+};
+
+constexpr int kMostPackedKeys = 32767;
+
 enum class Walk { kKeysOfQueries, kQueriesOfKeys };
 
 // Keys that the query i sees, or queries that see the key i.

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "cost.h"
+#include "middle_shape.h"
 #include "search.h"
 #include "warp_shape.h"
 #include "wide_shape.h"
@@ -30,20 +31,43 @@ class Search {
         best_(count) {}
 
   void wide() {
-    const WideShape compiled = wide_shape(compiled_head_dim(shape_.dim));
+    const WarpgroupShape compiled = wide_shape(compiled_head_dim(shape_.dim));
     std::vector<int> key_sizes[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) key_sizes[a] = sizes_along(axes_[a], compiled.keys, /*odd=*/3);
 
     Plan plan;
     plan.structure = Structure::kWide;
     for (const QueryShape& query :
-         query_shapes(shape_.neighborhood, counts_, kWideGroups, kWideGroupRows, kMostWideShapes)) {
+         query_shapes(shape_.neighborhood, counts_, kWideGroups, kWarpgroupRows, kMostWideShapes)) {
       copy(query.tile, plan.query_tile);
       copy(query.part, plan.query_part);
       each_triple(key_sizes, smallest_of(key_sizes, compiled.keys), compiled.keys, [&](const Triple& keys) {
         copy(keys, plan.key_tile);
         propose(plan, model_.wide(plan, counts_.count(plan, product(keys) < compiled.keys)).seconds);
       });
+    }
+  }
+
+  // Key tiles are slices of what a query tile sees: along the outermost axis, or of long windows along all.
+  void middle() {
+    const int dim = compiled_head_dim(shape_.dim), most_columns = middle_shape(dim, kMiddleVariants - 1).keys;
+    Plan plan;
+    plan.structure = Structure::kMiddle;
+    for (const QueryShape& query : query_shapes(shape_.neighborhood, counts_, 1, kWarpgroupRows, kMostMiddleShapes)) {
+      copy(query.tile, plan.query_tile);
+      copy(query.part, plan.query_part);
+      std::vector<int> key_sizes[kMaxRank];
+      for (int a = 0; a < kMaxRank; ++a) {
+        key_sizes[a] = slices_of(most_keys(a, query.tile[a]), most_columns);
+      }
+      for (int variant = 0; variant < kMiddleVariants; ++variant) {
+        const int columns = middle_shape(dim, variant).keys;
+        each_triple(key_sizes, smallest_of(key_sizes, columns), columns, [&](const Triple& keys) {
+          copy(keys, plan.key_tile);
+          if (middle_variant(dim, product(keys)) != variant) return;
+          propose(plan, model_.middle(plan, counts_.count(plan, false)).seconds);
+        });
+      }
     }
   }
 
@@ -92,7 +116,19 @@ class Search {
 
  private:
   static constexpr int kMostKeysOfBox = 256;  // along an axis, as the TMA has it
-  static constexpr size_t kMostWideShapes = 24, kMostWarpShapes = 6;
+  static constexpr size_t kMostWideShapes = 24, kMostMiddleShapes = 8, kMostWarpShapes = 6;
+
+  // Sizes of equal slices that cover `whole` keys with as little excess as their number allows, ascending.
+  static std::vector<int> slices_of(int whole, int most) {
+    std::vector<int> sizes;
+    for (int slices = (whole + most - 1) / most; slices <= whole; ++slices) {
+      const int size = (whole + slices - 1) / slices;
+      if (sizes.empty() || size < sizes.back()) sizes.push_back(size);
+      if (sizes.size() == 12) break;
+    }
+    std::reverse(sizes.begin(), sizes.end());
+    return sizes;
+  }
 
   // Proposes the warp plans that differ in how boxes are sliced.
   void slices(Plan& plan) {
@@ -162,6 +198,7 @@ std::vector<Candidate> rank_plans(const FusedShape& shape, int processors, int c
   if (count < 1 || why_not_any(shape) != nullptr || is_empty(shape)) return {};
   Search search(shape, processors, size_t(count));
   search.wide();
+  if (shape.dim <= kMiddleMostDim && !is_extended(shape)) search.middle();
   if (shape.dim <= 64) search.warp();
   return search.result();
 }
@@ -186,6 +223,9 @@ Prediction predict(const FusedShape& shape, const Plan& plan, int processors) {
   if (plan.structure == Structure::kWide) {
     const bool padded = product(plan.key_tile) < wide_shape(compiled_head_dim(shape.dim)).keys;
     return model.wide(plan, count_tiles(shape.neighborhood, plan.query_tile, plan.query_part, plan.key_tile, padded));
+  }
+  if (plan.structure == Structure::kMiddle) {
+    return model.middle(plan, count_tiles(shape.neighborhood, plan.query_tile, plan.query_part, plan.key_tile, false));
   }
   int list[kMaxRank];
   find_warp_list(shape, plan, list);

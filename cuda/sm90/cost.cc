@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "middle_shape.h"
 #include "warp_shape.h"
 #include "wide_shape.h"
 
@@ -32,6 +33,21 @@ constexpr WideCost wide_cost(int dim) {
 constexpr double kWideAlone = 0.9;
 // Prologue and epilogue of a query tile.
 constexpr double wide_query_tile(int dim) { return (0.6 + 0.4 * dim / 128) * kMicrosecond; }
+
+// The middle kernel on one multiprocessor, all of whose CTAs are busy.
+struct MiddleCost {
+  double tile;    // a key tile, whatever its columns
+  double column;  // of it
+};
+
+constexpr MiddleCost middle_cost(int dim) {
+  return dim == 32   ? MiddleCost{0.15 * kMicrosecond, 3.0e-3 * kMicrosecond}
+         : dim == 64 ? MiddleCost{0.15 * kMicrosecond, 4.0e-3 * kMicrosecond}
+         : dim == 96 ? MiddleCost{0.20 * kMicrosecond, 5.5e-3 * kMicrosecond}
+                     : MiddleCost{0.20 * kMicrosecond, 7.0e-3 * kMicrosecond};
+}
+
+constexpr double middle_query_tile(int dim) { return (0.2 + 0.2 * dim / 128) * kMicrosecond; }
 
 // The warp kernel on one multiprocessor.
 struct WarpCost {
@@ -75,17 +91,37 @@ CostModel::CostModel(const FusedShape& shape, int processors) : shape(shape), pr
 }
 
 Prediction CostModel::wide(const Plan& plan, const TileCounts& counts) const {
-  const WideShape compiled = wide_shape(compiled_head_dim(shape.dim));
+  const WarpgroupShape compiled = wide_shape(compiled_head_dim(shape.dim));
   const WideCost cost = wide_cost(compiled.dim);
   Prediction p;
   p.tiles = repeated(counts, repeats);
   p.pairs = pairs;
-  p.computed_pairs = p.tiles.computed * kWideGroupRows * compiled.keys;
+  p.computed_pairs = p.tiles.computed * kWarpgroupRows * compiled.keys;
   p.memory = memory;
   const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, 1) / p.tiles.query_tiles;
   const double alone = std::max(2 * p.tiles.visited - p.tiles.computed, 0.0);
   p.compute = per_tile * (cost.tile / 2 * (p.tiles.computed + kWideAlone * alone) + cost.masked * p.tiles.masked +
                           wide_query_tile(compiled.dim) * p.tiles.query_tiles);
+  const double key_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
+  p.shared_memory = per_tile * p.tiles.visited * key_bytes / kSharedBytesPerSecond;
+  p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
+  return p;
+}
+
+Prediction CostModel::middle(const Plan& plan, const TileCounts& counts) const {
+  const int dim = compiled_head_dim(shape.dim), blocks = middle_blocks(dim);
+  const WarpgroupShape compiled = middle_shape(dim, middle_variant(dim, product(plan.key_tile)));
+  const MiddleCost cost = middle_cost(dim);
+  Prediction p;
+  p.tiles = repeated(counts, repeats);
+  p.pairs = pairs;
+  p.computed_pairs = p.tiles.computed * kWarpgroupRows * compiled.keys;
+  p.memory = memory;
+  const double resident = std::min<double>(blocks, std::ceil(p.tiles.query_tiles / processors));
+  const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, blocks) / p.tiles.query_tiles;
+  p.compute =
+      per_tile * (blocks / resident) *
+      ((cost.tile + cost.column * compiled.keys) * p.tiles.computed + middle_query_tile(dim) * p.tiles.query_tiles);
   const double key_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
   p.shared_memory = per_tile * p.tiles.visited * key_bytes / kSharedBytesPerSecond;
   p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);

@@ -21,6 +21,7 @@ struct CostModel {
 
   // `counts`: of one head (of one box of heads) of one batch element.
   Prediction wide(const Plan& plan, const TileCounts& counts) const;
+  Prediction middle(const Plan& plan, const TileCounts& counts) const;
   // `list`: keys that the kernel is compiled to gather; `blocks`: CTAs of a multiprocessor.
   Prediction warp(const Plan& plan, const TileCounts& counts, int list, int blocks) const;
   // No warp plan is expected to take fewer seconds.

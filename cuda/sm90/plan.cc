@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../common/tile_model.h"
+#include "middle_shape.h"
 #include "warp_shape.h"
 #include "wide_shape.h"
 
@@ -17,6 +18,16 @@ int64_t count_query_tiles(const FusedShape& shape, const TileSchedule& schedule)
   return tiles;
 }
 
+// Why windows of a tile do not fit a PackedInterval.
+const char* why_not_packed(const FusedShape& shape, const Plan& plan) {
+  for (int a = 0; a < kMaxRank; ++a) {
+    if (most_keys_of_queries(shape.neighborhood.axes[a], plan.query_tile[a]) > kMostPackedKeys) {
+      return "query tiles see more than 32767 keys along an axis";
+    }
+  }
+  return nullptr;
+}
+
 int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 
 }  // namespace
@@ -29,7 +40,7 @@ std::array<int64_t, kPlanFields> encode_plan(const Plan& plan) {
 
 const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
   if (count != kPlanFields) return "tiles must have 13 numbers";
-  if (fields[0] != int(Structure::kWide) && fields[0] != int(Structure::kWarp)) return "tiles have no such structure";
+  if (fields[0] < 0 || fields[0] > int(Structure::kMiddle)) return "tiles have no such structure";
   for (size_t n = 1; n < count; ++n) {
     if (fields[n] < 1 || fields[n] > 4096) return "tiles must hold numbers from 1 to 4096";
   }
@@ -112,9 +123,23 @@ const char* why_not_wide(const FusedShape& shape, const Plan& plan) {
   if (const char* reason = why_not_tiles(shape, plan)) return reason;
   if (plan.heads != 1) return "boxes have one head";
   if (product(plan.query_tile) != kWideGroups * product(plan.query_part)) return "query tiles must have two parts";
-  if (product(plan.query_part) > kWideGroupRows) return "a warpgroup has at most 64 queries";
+  if (product(plan.query_part) > kWarpgroupRows) return "a warpgroup has at most 64 queries";
   if (product(plan.key_tile) > wide_shape(compiled_head_dim(shape.dim)).keys) return "key tiles have too many keys";
   return nullptr;
+}
+
+const char* why_not_middle(const FusedShape& shape, const Plan& plan) {
+  if (const char* reason = why_not_any(shape)) return reason;
+  if (is_extended(shape)) return "takes additional keys and a relative position bias in other structures only";
+  if (shape.dim > kMiddleMostDim) return "takes head dimensions up to 128";
+  if (const char* reason = why_not_tiles(shape, plan)) return reason;
+  if (plan.heads != 1) return "boxes have one head";
+  if (product(plan.query_tile) != product(plan.query_part)) return "query tiles must have one part";
+  if (product(plan.query_part) > kWarpgroupRows) return "a warpgroup has at most 64 queries";
+  if (middle_variant(compiled_head_dim(shape.dim), product(plan.key_tile)) == kMiddleVariants) {
+    return "key tiles have too many keys";
+  }
+  return why_not_packed(shape, plan);
 }
 
 // ---- the warp kernel
@@ -165,11 +190,7 @@ const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   if (plan.slots < 1 || plan.slots > kWarpMostStages || plan.stages < 1 || plan.stages > kWarpMostStages) {
     return "rings have 1 to 4 stages";
   }
-  for (int a = 0; a < kMaxRank; ++a) {
-    if (most_keys_of_queries(shape.neighborhood.axes[a], plan.query_tile[a]) > kWarpMostKeys) {
-      return "query tiles see more than 32767 keys along an axis";
-    }
-  }
+  if (const char* reason = why_not_packed(shape, plan)) return reason;
   int list[kMaxRank];
   find_warp_list(shape, plan, list);
   if (warp_compiled_list(product(list)) == 0) return "a warp's queries see too many keys of a box";
@@ -177,10 +198,17 @@ const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   return nullptr;
 }
 
-// ---- both
+// ---- all
 
 const char* why_not(const FusedShape& shape, const Plan& plan) {
-  return plan.structure == Structure::kWide ? why_not_wide(shape, plan) : why_not_warp(shape, plan);
+  switch (plan.structure) {
+    case Structure::kWide:
+      return why_not_wide(shape, plan);
+    case Structure::kWarp:
+      return why_not_warp(shape, plan);
+    default:
+      return why_not_middle(shape, plan);
+  }
 }
 
 }  // namespace jax_natten::sm90

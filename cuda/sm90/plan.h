@@ -11,8 +11,9 @@
 
 namespace jax_natten::sm90 {
 
-// Kernels for large windows (wide_forward.cuh) and small ones (warp_forward.cuh). The numbers are a wire format.
-enum class Structure { kWide = 0, kWarp = 1 };
+// Kernels for large windows (wide_forward.cuh), small ones (warp_forward.cuh) and those between (middle_forward.cuh).
+// The numbers are a wire format.
+enum class Structure { kWide = 0, kWarp = 1, kMiddle = 2 };
 
 // How a problem is cut. Terms are those of ../common/tiling.h: in the walk over the queries of keys, read key for query
 // and query for key.
@@ -59,10 +60,11 @@ const char* why_not_layout(const FusedShape& shape);
 const char* why_not_any(const FusedShape& shape);
 
 // Why a plan does not fit a problem; nullptr if it does. The first asks the kernel of the plan's structure, the next
-// two are about one kernel, the last about what holds for each of them.
+// three are about one kernel, the last about what holds for each of them.
 const char* why_not(const FusedShape& shape, const Plan& plan);
 const char* why_not_wide(const FusedShape& shape, const Plan& plan);
 const char* why_not_warp(const FusedShape& shape, const Plan& plan);
+const char* why_not_middle(const FusedShape& shape, const Plan& plan);
 const char* why_not_tiles(const FusedShape& shape, const Plan& plan);
 
 // The same for tiles of any kernel, forward or backward. `heads`: that have query tiles of their own.

@@ -65,16 +65,6 @@ struct WarpTraits {
   }
 };
 
-// An interval of up to 2^15 keys in one register.
-class PackedInterval {
- public:
-  __device__ __forceinline__ void pack(Interval i) { packed_ = i.begin << 16 | (i.end & 0xFFFF); }
-  __device__ __forceinline__ Interval unpack() const { return {packed_ >> 16, packed_ << 16 >> 16}; }
-
- private:
-  int packed_;
-};
-
 // A place in a ring whose size is known at launch.
 struct RunTimeRing {
   int index = 0;
@@ -272,7 +262,7 @@ struct WarpConsumer {
       sight.live = sight.live && tile.query[a] + coordinate(first, a) < length;
       sight.any[a] = {see(first).begin, see(last).end};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sight.rows[i][a].pack(see(own[i]));
+      for (int i = 0; i < 2; ++i) sight.rows[i][a] = see(own[i]);
     }
     return sight;
   }
@@ -313,10 +303,7 @@ struct WarpConsumer {
     list.address = address + ((first[0] * axes[1].key_tile + first[1]) * axes[2].key_tile + first[2]) * kRowBytes;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Interval unpacked[kMaxRank];
-#pragma unroll
-      for (int a = kMaxRank - kRank; a < kMaxRank; ++a) unpacked[a] = sight.rows[i][a].unpack();
-      list.masks[i] = key_mask_word<kRank>(params.mask_layout, tables.mask, unpacked, list.begin, lane % 4);
+      list.masks[i] = key_mask_word<kRank>(params.mask_layout, tables.mask, sight.rows[i], list.begin, lane % 4);
     }
     return true;
   }

@@ -12,7 +12,6 @@ constexpr int kWarpMostStages = 4;        // of the query and the key rings
 constexpr int kWarpTableBytes = 4096;     // of shared memory, for WarpTables
 constexpr int kWarpExtensionBytes = 512;  // and, in extended variants, for WarpBiasOffsets
 constexpr int kWarpMostListed = 112;      // keys of a list, in whole groups of 16
-constexpr int kWarpMostKeys = 32767;      // that a query tile sees along an axis
 
 // Threads of the largest CTA, one warp of them the producer. The kernel may use all registers that this leaves.
 constexpr int warp_most_threads(int dim) { return dim == 32 ? 512 : 352; }

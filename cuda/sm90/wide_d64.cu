@@ -2,6 +2,6 @@
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d64(DType dtype, int rank, bool extended) { return wide_instance<64>(dtype, rank, extended); }
+WarpgroupInstance wide_d64(DType dtype, int rank, bool extended) { return wide_instance<64>(dtype, rank, extended); }
 
 }  // namespace jax_natten::sm90

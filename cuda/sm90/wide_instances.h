@@ -3,15 +3,15 @@
 #pragma once
 
 #include "../common/params.h"
-#include "wide_params.h"
+#include "warpgroup_params.h"
 
 namespace jax_natten::sm90 {
 
-WideInstance wide_d32(DType dtype, int rank, bool extended);
-WideInstance wide_d64(DType dtype, int rank, bool extended);
-WideInstance wide_d96(DType dtype, int rank, bool extended);
-WideInstance wide_d128(DType dtype, int rank, bool extended);
-WideInstance wide_d192(DType dtype, int rank, bool extended);
-WideInstance wide_d256(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d32(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d64(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d96(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d128(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d192(DType dtype, int rank, bool extended);
+WarpgroupInstance wide_d256(DType dtype, int rank, bool extended);
 
 }  // namespace jax_natten::sm90

@@ -16,13 +16,15 @@ namespace jax_natten::driver {
 using sm90::Plan;
 using sm90::Structure;
 
-// wide|warp:q0,q1,q2:p0,p1,p2:k0,k1,k2[:heads,slots,stages] (query tile, part, key tile)
+constexpr const char* kStructures[] = {"wide", "warp", "middle"};  // by their numbers
+
+// wide|warp|middle:q0,q1,q2:p0,p1,p2:k0,k1,k2[:heads,slots,stages] (query tile, part, key tile)
 inline std::string to_string(const Plan& plan) {
   char text[128];
   const auto three = [](const int (&x)[kMaxRank]) {
     return std::to_string(x[0]) + "," + std::to_string(x[1]) + "," + std::to_string(x[2]);
   };
-  std::snprintf(text, sizeof(text), "%s:%s:%s:%s:%d,%d,%d", plan.structure == Structure::kWide ? "wide" : "warp",
+  std::snprintf(text, sizeof(text), "%s:%s:%s:%s:%d,%d,%d", kStructures[int(plan.structure)],
                 three(plan.query_tile).c_str(), three(plan.query_part).c_str(), three(plan.key_tile).c_str(),
                 plan.heads, plan.slots, plan.stages);
   return text;
@@ -32,13 +34,15 @@ inline Plan parse_plan(const char* text) {
   Plan plan;
   char structure[8];
   int *q = plan.query_tile, *p = plan.query_part, *k = plan.key_tile;
-  const int fields = std::sscanf(text, "%4s:%d,%d,%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", structure, q, q + 1, q + 2, p, p + 1,
-                                 p + 2, k, k + 1, k + 2, &plan.heads, &plan.slots, &plan.stages);
+  const int fields = std::sscanf(text, "%6[a-z]:%d,%d,%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", structure, q, q + 1, q + 2, p,
+                                 p + 1, p + 2, k, k + 1, k + 2, &plan.heads, &plan.slots, &plan.stages);
   if (fields != 10 && fields != 13) {
     std::printf("not a plan: %s\n", text);
     std::exit(2);
   }
-  plan.structure = std::strcmp(structure, "warp") ? Structure::kWide : Structure::kWarp;
+  for (int n = 0; n < 3; ++n) {
+    if (!std::strcmp(structure, kStructures[n])) plan.structure = Structure(n);
+  }
   return plan;
 }
 
@@ -79,6 +83,13 @@ inline Plan random_plan(std::mt19937& random, const FusedShape& shape) {
   }
   const int dim = sm90::compiled_head_dim(shape.dim);
   set(plan.query_part, random_tile(random, rank, 64));
+  if (random() % 2) {
+    plan.structure = Structure::kMiddle;
+    set(plan.key_tile, random_tile(random, rank, dim <= 96 ? (random() % 2 ? 112 : 80) : random() % 2 ? 80 : 64));
+    std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
+    if (sm90::why_not(shape, plan) == nullptr) return plan;
+    plan.structure = Structure::kWide;
+  }
   set(plan.key_tile, random_tile(random, rank, dim <= 128 ? 128 : dim == 192 ? 96 : 64));
   std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
   plan.query_tile[kMaxRank - 1 - random() % rank] *= 2;

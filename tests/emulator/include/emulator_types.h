@@ -109,6 +109,25 @@ inline uint32_t ballot(uint32_t mask, bool vote, Where where) {
   return mine.result;
 }
 
+inline uint32_t reduce_or(uint32_t mask, uint32_t value, Where where) {
+  struct Value {
+    uint32_t value, result;
+  } mine = {value, 0};
+  meet_lanes(
+      "reduction", mask, &mine,
+      [](void** operands, uint32_t mask) {
+        uint32_t result = 0;
+        for (int i = 0; i < 32; ++i) {
+          if (mask >> i & 1) result |= static_cast<Value*>(operands[i])->value;
+        }
+        for (int i = 0; i < 32; ++i) {
+          if (mask >> i & 1) static_cast<Value*>(operands[i])->result = result;
+        }
+      },
+      where);
+  return mine.result;
+}
+
 }  // namespace emulator
 
 template <typename T>
@@ -133,6 +152,9 @@ T __shfl_down_sync(uint32_t mask, T value, int delta, int width = 32, emulator::
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool vote, emulator::Where where = emulator::Where::here()) {
   return emulator::ballot(mask, vote, where);
+}
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, emulator::Where where = emulator::Where::here()) {
+  return emulator::reduce_or(mask, value, where);
 }
 inline int __any_sync(uint32_t mask, bool vote, emulator::Where where = emulator::Where::here()) {
   return emulator::ballot(mask, vote, where) != 0;

@@ -1,22 +1,21 @@
-// What the "wide" kernel (wide_forward.cuh) is told.
+// What a kernel whose consumers are whole warpgroups (warpgroup_forward.cuh) is told.
 #pragma once
 
 #include <cstddef>
 
 #include "forward_params.h"
-#include "wide_shape.h"
 
 namespace jax_natten::sm90 {
 
-struct WideParams : ForwardParams {
+struct WarpgroupParams : ForwardParams {
   bool padded;  // key tiles have fewer keys than columns
 };
 
-using WideKernel = void (*)(WideParams);
+using WarpgroupKernel = void (*)(WarpgroupParams);
 
 // A compiled instance.
-struct WideInstance {
-  WideKernel kernel = nullptr;
+struct WarpgroupInstance {
+  WarpgroupKernel kernel = nullptr;
   size_t shared_bytes = 0;
 };
 

@@ -1,0 +1,7 @@
+#include "middle_instances.cuh"
+
+namespace jax_natten::sm90 {
+
+WarpgroupInstance middle_d64(DType dtype, int rank, int variant) { return middle_instance<64>(dtype, rank, variant); }
+
+}  // namespace jax_natten::sm90
