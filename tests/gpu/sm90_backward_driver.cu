@@ -104,7 +104,7 @@ class Arrays {
     params.d_query = gradients[0];
     params.d_key = gradients[1];
     params.d_value = gradients[2];
-    params.workspace_size = sm90::backward_workspace(shape);
+    params.workspace_size = fused_backward_workspace(shape);
     params.workspace = allocate<float>(params.workspace_size);
     CHECK_CUDA(cudaDeviceSynchronize());
     clear();
