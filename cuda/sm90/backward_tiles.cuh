@@ -340,22 +340,21 @@ struct PassConsumer {
     released = -1;
   }
 
-  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each.
+  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist get
+  // that of the part's last, so that what they read of the bias exists.
   __device__ __forceinline__ void find_windows(const QueryTile& tile) {
     const int axis = kMaxRank - kRank + lane % 4;
     int offset[2] = {0, 0};
     if (axis < kMaxRank) {
       const TiledAxis& along = params.schedule.axes[axis];
+      const int first = part_begin(tile, axis), length = tile.length[axis];
+      const int last = imin(first + along.query_part, length) - 1;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int x = part_begin(tile, axis) + coordinate(row_in_part(i), axis), length = tile.length[axis];
-        const Interval w = partners<Traits::kPass>(along, imin(x, length - 1), length);
+        const int x = imin(first + coordinate(row_in_part(i), axis), last);
+        const Interval w = partners<Traits::kPass>(along, x, length);
         smem.windows[group][row_in_part(i)][lane % 4] = {w.begin - tile.key[axis], w.end - tile.key[axis]};
-        if constexpr (Traits::kExtended) {
-          // All rows read the bias of a whole tile. Those that do not exist read that of the part's last.
-          const int last = imin(part_begin(tile, axis) + along.query_part, length) - 1;
-          offset[i] = (imin(x, last) - tile.query[axis]) * params.extension.bias_step[axis];
-        }
+        if constexpr (Traits::kExtended) offset[i] = (x - tile.query[axis]) * params.extension.bias_step[axis];
       }
     }
     if constexpr (Traits::kExtended) {
