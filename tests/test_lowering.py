@@ -209,17 +209,19 @@ def test_none_takes_hopper_kernels_first():
 
 @needs_library
 def test_the_backward_of_a_hopper_forward_is_its_own_where_it_takes_the_case():
-    structs = _structs(HOPPER)
-    found = calls(lowered(fused_with_gradients(HOPPER, ("sm90", "naive")), *structs, platforms=("cuda",)))
-    for target in ("jax_natten_fused_forward", "jax_natten_fused_backward"):
-        assert 'implementation = "sm90,naive"' in found[target]
-    biased = dataclasses.replace(HOPPER, bias=True)
-    structs = _structs(biased)
-    found = calls(lowered(fused_with_gradients(biased, ("sm90", "naive")), *structs, platforms=("cuda",)))
+    for case in (HOPPER, dataclasses.replace(HOPPER, bias=True), dataclasses.replace(HOPPER, additional=3)):
+        structs = _structs(case)
+        found = calls(lowered(fused_with_gradients(case, ("sm90", "naive")), *structs, platforms=("cuda",)))
+        for target in ("jax_natten_fused_forward", "jax_natten_fused_backward"):
+            assert 'implementation = "sm90,naive"' in found[target]
+    shape = problem("large bias table", 1, 1, 1, 32, [1200, 1200], [1100, 1100])
+    case = dataclasses.replace(HOPPER, problem=shape, bias=True)
+    structs = _structs(case)
+    found = calls(lowered(fused_with_gradients(case, ("sm90", "naive")), *structs, platforms=("cuda",)))
     assert 'implementation = "sm90,naive"' in found["jax_natten_fused_forward"]
     assert 'implementation = "naive"' in found["jax_natten_fused_backward"]
-    with pytest.raises(NotImplementedError, match="'sm90' does not take a relative position bias in the backward yet"):
-        lowered(fused_with_gradients(biased, "sm90"), *structs, platforms=("cuda",))
+    with pytest.raises(NotImplementedError, match="'sm90' takes bias tables of up to"):
+        lowered(fused_with_gradients(case, "sm90"), *structs, platforms=("cuda",))
 
 
 @needs_library

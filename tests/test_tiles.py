@@ -323,9 +323,9 @@ def test_choosing_for_the_backward_is_thread_safe():
         assert set(pool.map(tiles.why_not, described)) == {None}
 
 
+WIDE_WINDOW = Neighborhood.make((1100, 1100))
 REFUSED_BACKWARD = REFUSED | {
-    "additional keys": ({"additional_keys": 2}, "additional keys in the backward"),
-    "bias": ({"has_bias": True}, "relative position bias in the backward"),
+    "a large bias": ({"has_bias": True, "neighborhood": WIDE_WINDOW, "grid": (1200, 1200)}, "bias tables of up to"),
 }
 
 

@@ -21,6 +21,9 @@ cudaError_t backward_of_keys(const FusedBackwardParams& params, cudaStream_t str
 // d_bias in both stages.
 cudaError_t backward_of_bias(const FusedBackwardParams& params, cudaStream_t stream);
 
+// What remains to be written of a problem without queries: the gradients of what all queries share.
+cudaError_t fill_sums_with_zeros(const FusedBackwardParams& params, cudaStream_t stream);
+
 // Elements of d_bias.
 JAX_NATTEN_HD int64_t bias_gradient_size(const FusedShape& p) {
   return p.bias_batch * p.heads * p.neighborhood.bias_size();

@@ -72,7 +72,7 @@ struct BackwardBias : FusedBackward<Traits> {
       const int position = smem.tables.row_position[this->row_of_thread(i)];
       const int64_t at = this->index(imax(position, 0), tile.head);
       row_lse[i] = position < 0 ? 0 : params.lse[at] * kLog2E;
-      row_delta[i] = position < 0 ? 0 : params.delta[at];
+      row_delta[i] = position < 0 ? 0 : params.bias_delta.at(tile.batch, tile.head, position);
     }
     Columns columns = this->first_columns();
     do {

@@ -5,6 +5,17 @@
 
 namespace jax_natten::sm80 {
 
+// delta = rowsum(out * d_out) - d_lse of each query and head, as who computed it has laid it out.
+struct DeltaArray {
+  const float* data;
+  int64_t batch_step, head_step, position_step;
+  float factor;  // of what is read
+
+  JAX_NATTEN_HD float at(int batch, int head, int position) const {
+    return factor * data[batch * batch_step + head * head_step + position * position_step];
+  }
+};
+
 struct BackwardParams : FusedParams {
   RowArray d_out;
   RowArray d_query;         // query pass
@@ -22,6 +33,7 @@ struct BackwardParams : FusedParams {
   // The bias pass: partial tables, whose tiles of queries are dealt out to the chunks in turn.
   float* bias_partials;  // [chunks, bias_batch, heads, bias_size]
   int tiles_of_head, bias_batch;
+  DeltaArray bias_delta;
 };
 
 }  // namespace jax_natten::sm80

@@ -7,10 +7,9 @@ namespace jax_natten::sm80 {
 namespace {
 
 template <typename T>
-cudaError_t sum_additional_of(const FusedBackwardParams& p, cudaStream_t stream) {
+cudaError_t sum_additional_of(const FusedBackwardParams& p, int64_t chunks, cudaStream_t stream) {
   const float* partials = static_cast<const float*>(p.workspace) + naive::additional_partials(p);
-  const int64_t chunks = reduction_chunks(p.neighborhood.positions()), rows = int64_t(p.additional) * p.kv_heads;
-  const int64_t width = int64_t(p.dim) + p.value_dim;
+  const int64_t rows = int64_t(p.additional) * p.kv_heads, width = int64_t(p.dim) + p.value_dim;
   if (auto error =
           naive::sum_partials<T>(partials, p.d_additional_keys, {p.batch, chunks, rows, width, 0, p.dim}, stream)) {
     return error;
@@ -21,14 +20,14 @@ cudaError_t sum_additional_of(const FusedBackwardParams& p, cudaStream_t stream)
 
 }  // namespace
 
-cudaError_t sum_additional(const FusedBackwardParams& p, cudaStream_t stream) {
+cudaError_t sum_additional(const FusedBackwardParams& p, int chunks, cudaStream_t stream) {
   switch (p.dtype) {
     case DType::kFloat16:
-      return sum_additional_of<__half>(p, stream);
+      return sum_additional_of<__half>(p, chunks, stream);
     case DType::kBFloat16:
-      return sum_additional_of<__nv_bfloat16>(p, stream);
+      return sum_additional_of<__nv_bfloat16>(p, chunks, stream);
     default:
-      return sum_additional_of<float>(p, stream);
+      return sum_additional_of<float>(p, chunks, stream);
   }
 }
 

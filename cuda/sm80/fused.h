@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "backward_params.h"
 #include "fused_params.h"
 #include "limits.h"
 #include "plan.h"
@@ -39,5 +40,13 @@ BackwardPlan plan_backward(const FusedShape& shape);
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, const BackwardPlan& plan,
                            cudaStream_t stream);
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream);
+
+// Its bias pass alone, in both stages, for who has computed delta otherwise. The partial sums lie in the workspace
+// where
+// ../naive/fused_backward.h has them.
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const Plan& plan,
+                             const DeltaArray& delta, cudaStream_t stream);
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const DeltaArray& delta,
+                             cudaStream_t stream);
 
 }  // namespace jax_natten::sm80

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "../common/workspace.h"
 #include "backward_instances.h"
@@ -83,18 +82,6 @@ void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, Bac
 
 bool is_empty(const FusedShape& shape) { return shape.batch * shape.neighborhood.positions() * shape.heads == 0; }
 
-// What remains to be written if there are no queries.
-cudaError_t fill_sums_with_zeros(const FusedBackwardParams& p, cudaStream_t stream) {
-  const int64_t additional = p.batch * p.additional * p.kv_heads * element_bytes(p.dtype);
-  for (const auto& [data, bytes] :
-       {std::pair(p.d_additional_keys, additional * p.dim), std::pair(p.d_additional_values, additional * p.value_dim),
-        std::pair(p.d_bias, naive::bias_gradient_size(p) * int64_t(sizeof(float)))}) {
-    if (bytes == 0) continue;
-    if (const cudaError_t error = cudaMemsetAsync(data, 0, bytes, stream)) return error;
-  }
-  return cudaSuccess;
-}
-
 }  // namespace
 
 const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan) {
@@ -110,7 +97,7 @@ BackwardPlan plan_backward(const FusedShape& shape) {
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, const BackwardPlan& plan,
                            cudaStream_t stream) {
-  if (is_empty(problem)) return fill_sums_with_zeros(problem, stream);
+  if (is_empty(problem)) return naive::fill_sums_with_zeros(problem, stream);
   if (why_not_fused_backward(problem) != nullptr || why_not_backward_plan(problem, plan) != nullptr) {
     return cudaErrorInvalidValue;
   }
@@ -127,11 +114,19 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
     params.partials = static_cast<float*>(problem.workspace) + naive::additional_partials(problem);
     const int64_t tiles = problem.batch * params.chunks * problem.kv_heads * params.additional_tiles;
     if (auto error = launch(key_pass, int(tiles), params, stream)) return error;
-    if (auto error = sum_additional(problem, stream)) return error;
+    if (auto error = sum_additional(problem, params.chunks, stream)) return error;
   }
   if (!problem.has_bias()) return cudaSuccess;
+  const int64_t positions = problem.neighborhood.positions();
+  const DeltaArray delta = {params.delta, positions * problem.heads, 1, problem.heads, 1};
+  return backward_of_bias(problem, precision, plan.bias, delta, stream);
+}
 
-  set_up(problem, plan.bias, Pass::kBias, params);
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const Plan& plan,
+                             const DeltaArray& delta, cudaStream_t stream) {
+  BackwardParams params;
+  set_up(problem, plan, Pass::kBias, params);
+  params.bias_delta = delta;
   params.bias_partials = static_cast<float*>(problem.workspace) + naive::bias_partials(problem);
   const KernelInstance bias_pass = find_kernel(problem, precision, Pass::kBias);
   const int64_t tables = params.chunks * problem.bias_batch * problem.heads;
@@ -139,8 +134,14 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
   return sum_bias(problem, stream);
 }
 
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const DeltaArray& delta,
+                             cudaStream_t stream) {
+  if (why_not_fused_backward(problem) != nullptr) return cudaErrorInvalidValue;
+  return backward_of_bias(problem, precision, choose_tiles(problem, limits(problem, Pass::kBias)), delta, stream);
+}
+
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream) {
-  if (is_empty(problem)) return fill_sums_with_zeros(problem, stream);
+  if (is_empty(problem)) return naive::fill_sums_with_zeros(problem, stream);
   if (why_not_fused_backward(problem) != nullptr) return cudaErrorInvalidValue;
   return fused_backward(problem, precision, plan_backward(problem), stream);
 }

@@ -1,118 +1,38 @@
 #include "backward.h"
 
-#include <algorithm>
-#include <cmath>
-
-#include "backward_instances.h"
-#include "backward_params.h"
-#include "tile_setup.h"
+#include "../common/workspace.h"
+#include "../naive/fused_backward.h"
+#include "../sm80/fused.h"
+#include "backward_additional.h"
+#include "backward_setup.h"
+#include "extension_setup.h"
 
 namespace jax_natten::sm90 {
 namespace {
 
-using FindInstance = BackwardInstance (*)(DType dtype, int rank, bool small);
-
-FindInstance find_instances(Walk pass, int dim) {
-  const bool query = pass == kQueryPass;
-  switch (dim) {
-    case 32:
-      return query ? backward_query_d32 : backward_key_d32;
-    case 64:
-      return query ? backward_query_d64 : backward_key_d64;
-    case 96:
-      return query ? backward_query_d96 : backward_key_d96;
-    case 128:
-      return query ? backward_query_d128 : backward_key_d128;
-    case 192:
-      return query ? backward_query_d192 : backward_key_d192;
-    default:
-      return query ? backward_query_d256 : backward_key_d256;
+// Additional keys are columns of the query pass behind those of the window box. The bias is that of a key and a query
+// wherever they meet.
+cudaError_t set_up_extension(Walk pass, const FusedBackwardParams& problem, const PassPlan& plan,
+                             BackwardParams& params) {
+  if (pass == kQueryPass) {
+    const PassShape compiled = pass_shape(pass, compiled_head_dim(problem.dim), plan.small);
+    const cudaError_t error = set_up_additional(problem, problem.additional_keys, problem.additional_values,
+                                                {compiled.chunk, 1, {}}, product(plan.key_tile), params.extension);
+    if (error != cudaSuccess) return error;
   }
-}
-
-// The exponent of the key pass multiplies start values too: it must not be zero. Scales this small make no difference
-// to finite scores.
-bool scores_vanish(double scale) { return std::abs(scale) < 1e-30; }
-
-// Which tensors are rows, columns and results of a pass.
-struct PassTensors {
-  const void *row[kOperands], *column[kOperands];
-  void* result[kOperands];
-  int row_heads, column_heads;
-};
-
-PassTensors tensors_of(Walk pass, const FusedBackwardParams& p) {
-  if (pass == kQueryPass) return {{p.query, p.d_out}, {p.key, p.value}, {p.d_query, nullptr}, p.heads, p.kv_heads};
-  return {{p.key, p.value}, {p.query, p.d_out}, {p.d_key, p.d_value}, p.kv_heads, p.heads};
-}
-
-cudaError_t set_up_maps(const FusedBackwardParams& problem, const PassTensors& tensors, const PassPlan& plan,
-                        int channels, BackwardParams& params) {
-  const int *row = plan.query_part, *column = plan.key_tile;
-  const TensorBox row_box = {channels, 1, {row[0], row[1], row[2]}};
-  const TensorBox column_box = {channels, 1, {column[0], column[1], column[2]}};
-  for (int variant = 0; variant < kMaxMapVariants; ++variant) {
-    if (!variant_exists(problem.neighborhood, variant)) continue;
-    PassMaps& maps = params.maps[variant];
-    const auto encode = [&](CUtensorMap& map, const void* data, int heads, const TensorBox& box) {
-      return data == nullptr ? cudaSuccess : encode_tensor_map(&map, problem, data, heads, box, variant);
-    };
-    for (int operand = 0; operand < kOperands; ++operand) {
-      for (const cudaError_t error :
-           {encode(maps.row[operand], tensors.row[operand], tensors.row_heads, row_box),
-            encode(maps.column[operand], tensors.column[operand], tensors.column_heads, column_box),
-            encode(maps.result[operand], tensors.result[operand], tensors.row_heads, row_box)}) {
-        if (error != cudaSuccess) return error;
-      }
-    }
+  if (problem.has_bias()) {
+    set_up_bias(problem, problem.bias, params.extension, params.exponent);
+    for (int& step : params.extension.bias_step) step = pass == kQueryPass ? step : -step;
   }
   return cudaSuccess;
 }
 
-cudaError_t launch_pass(Walk pass, const FusedBackwardParams& problem, const PassPlan& plan, cudaStream_t stream) {
-  const Neighborhood& neighborhood = problem.neighborhood;
-  const PassShape compiled = pass_shape(pass, compiled_head_dim(problem.dim), plan.small);
-  const PassTensors tensors = tensors_of(pass, problem);
-  BackwardParams params;
-  set_up_tiles(problem, plan, tensors.row_heads, params);
-  params.mask_layout = KeyMaskLayout(plan.key_tile[0], plan.key_tile[1], plan.key_tile[2]);
-  fill_key_mask(params.mask_layout, params.mask_table);
-  params.padded = product(plan.key_tile) < compiled.columns;
-  cudaError_t error = set_up_maps(problem, tensors, plan, compiled.chunk, params);
-  if (error != cudaSuccess) return error;
-  params.row_bytes = kOperands * product(plan.query_tile) * compiled.chunks() * compiled.row_bytes();
-  params.column_bytes = product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
-  params.row_address = slab_address(neighborhood, tensors.row_heads);
-  params.column_address = slab_address(neighborhood, tensors.column_heads);
-
-  constexpr double kLog2E = 1.4426950408889634;
-  const bool vanish = scores_vanish(problem.scale);
-  params.first_channel = vanish && pass == kKeyPass ? compiled.dim : 0;
-  params.exponent = float((vanish && pass == kKeyPass ? 1 : problem.scale * kLog2E));
-  params.scale = float(problem.scale);
-  params.lse_to_start = float(vanish ? -kLog2E : -1 / problem.scale);
-  params.dim = problem.dim;
-  params.out = problem.out;
-  params.lse = static_cast<const float*>(problem.lse);
-  params.d_lse = static_cast<const float*>(problem.d_lse);
-
-  params.positions = int(neighborhood.positions());
-  params.start_address = slab_address(neighborhood, 1);
-  for (int a = 0; a < kMaxRank; ++a) {
-    params.position_step[a] = params.start_address.per_phase[a] * neighborhood.axes[a].dilation;
-  }
-  params.start_address.per_batch *= problem.heads;
-  params.start[kScores] = static_cast<float*>(problem.workspace);
-  params.start[kGradients] = params.start[kScores] + backward_workspace(problem) / kOperands;
-
-  const BackwardInstance instance = find_instances(pass, compiled.dim)(problem.dtype, neighborhood.rank, plan.small);
-  const void* kernel = reinterpret_cast<const void*>(instance.kernel);
-  int device = 0, processors = 0;
-  if (error = current_device(device, processors); error != cudaSuccess) return error;
-  if (error = allow_shared_memory(kernel, device, int(instance.shared_bytes)); error != cudaSuccess) return error;
-  void* arguments[] = {&params};
-  return cudaLaunchKernel(kernel, dim3(std::min(params.schedule.tiles, processors * compiled.residency)),
-                          dim3(compiled.threads()), arguments, instance.shared_bytes, stream);
+// From delta as the query pass has left it.
+cudaError_t launch_bias(const FusedBackwardParams& problem, cudaStream_t stream) {
+  const int64_t positions = problem.neighborhood.positions();
+  const float* minus_delta = static_cast<const float*>(problem.workspace) + least_fused_backward_workspace(problem);
+  return sm80::backward_of_bias(problem, sm80::Precision::kTf32,
+                                {minus_delta, positions * problem.heads, positions, 1, -1}, stream);
 }
 
 }  // namespace
@@ -120,14 +40,25 @@ cudaError_t launch_pass(Walk pass, const FusedBackwardParams& problem, const Pas
 cudaError_t launch_backward_pass(Walk pass, const FusedBackwardParams& problem, const BackwardPlan& plan,
                                  cudaStream_t stream) {
   if (why_not(problem, plan) != nullptr) return cudaErrorInvalidValue;
-  if (backward_workspace(problem) == 0) return cudaSuccess;
-  if (problem.workspace_size < backward_workspace(problem)) return cudaErrorInvalidValue;
-  return launch_pass(pass, problem, pass == kQueryPass ? plan.query : plan.key, stream);
+  if (is_empty(problem)) return cudaSuccess;
+  if (problem.workspace_size < fused_backward_workspace(problem)) return cudaErrorInvalidValue;
+  const PassPlan& own = pass == kQueryPass ? plan.query : plan.key;
+  const bool extended = pass == kQueryPass ? is_extended(problem) : problem.has_bias();
+  BackwardParams params;
+  cudaError_t error = set_up_pass(pass, problem, tensors_of(pass, problem), own, params);
+  if (error == cudaSuccess && extended) error = set_up_extension(pass, problem, own, params);
+  return error != cudaSuccess ? error : launch_pass(pass, problem, own.small, extended, params, stream);
 }
 
 cudaError_t launch_backward(const FusedBackwardParams& problem, const BackwardPlan& plan, cudaStream_t stream) {
-  const cudaError_t error = launch_backward_pass(kQueryPass, problem, plan, stream);
-  return error != cudaSuccess ? error : launch_backward_pass(kKeyPass, problem, plan, stream);
+  if (is_empty(problem)) return naive::fill_sums_with_zeros(problem, stream);
+  for (const Walk pass : {kQueryPass, kKeyPass}) {
+    if (const cudaError_t error = launch_backward_pass(pass, problem, plan, stream)) return error;
+  }
+  if (problem.additional > 0) {
+    if (const cudaError_t error = launch_additional(problem, stream)) return error;
+  }
+  return problem.has_bias() ? launch_bias(problem, stream) : cudaSuccess;
 }
 
 }  // namespace jax_natten::sm90

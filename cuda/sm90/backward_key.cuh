@@ -9,6 +9,9 @@
 //
 // The producer gathers the start values, which belong to queries and so to columns. Where a warpgroup cannot hold both
 // dK and dV in its registers, one computes dV and another dK of the same keys.
+//
+// The extended variant adds a relative position bias to S^T. It also computes partial sums of the gradients of
+// additional keys, where rows are those (backward_additional.h).
 #pragma once
 
 #include "backward_tiles.cuh"
@@ -40,15 +43,22 @@ struct KeyPassConsumer : PassConsumer<Traits> {
       for (float& d : d_value) d = 0;
       attend(d_key, d_value);
 
+      const bool partial = Traits::kExtended && params.partials != nullptr;
+      if (partial) {
+        if constexpr (kKeys) write_partials(kScores, d_key, params.scale);
+        if constexpr (kValues) write_partials(kGradients, d_value, 1.f);
+      }
       this->sync_part();
-      if constexpr (kKeys) this->write_result(kScores, d_key, params.scale);
-      if constexpr (kValues) this->write_result(kGradients, d_value, 1.f);
-      ptx::async_proxy_fence();
-      this->sync_group();
-      if (warp == 0 && lane == 0) {
-        if (kKeys) this->store_result(kScores);
-        if (kValues) this->store_result(kGradients);
-        ptx::tma_store_commit();
+      if (!partial) {
+        if constexpr (kKeys) this->write_result(kScores, d_key, params.scale);
+        if constexpr (kValues) this->write_result(kGradients, d_value, 1.f);
+        ptx::async_proxy_fence();
+        this->sync_group();
+        if (warp == 0 && lane == 0) {
+          if (kKeys) this->store_result(kScores);
+          if (kValues) this->store_result(kGradients);
+          ptx::tma_store_commit();
+        }
       }
       unreleased_slot = slot.index;
       if (Traits::kSlots == 1) this->release_rows(unreleased_slot);
@@ -58,6 +68,27 @@ struct KeyPassConsumer : PassConsumer<Traits> {
   }
 
  private:
+  // A chunk's sums of additional keys, which are the rows, straight to the workspace.
+  __device__ __forceinline__ void write_partials(Operand operand, const float (&result)[kDim / 2], float factor) {
+    const QueryTile& tile = smem.row_records[slot.index].tile;
+    const int additional = params.extension.additional, kv_heads = params.schedule.by_heads.divisor;
+    const int64_t table = int64_t(tile.batch) * params.schedule.axes[2].dilation + tile.phase[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int key = this->part_begin(tile, 2) + this->row_in_part(i);
+      if (key >= additional) continue;
+      float* row =
+          params.partials + (((table * additional + key) * kv_heads + tile.head) * kOperands + operand) * params.dim;
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) {
+        const int channel = 8 * j + lane % 4 * 2;
+        if (channel >= params.dim) continue;
+        row[channel] = result[4 * j + 2 * i] * factor;
+        row[channel + 1] = result[4 * j + 2 * i + 1] * factor;
+      }
+    }
+  }
+
   // The start values of the columns, in all rows alike.
   __device__ __forceinline__ void load_starts(Operand operand, float (&product)[kColumns / 2]) {
     const uint32_t starts = ptx::shared_address(&smem.start[stage.index][operand][2 * (lane % 4)]);
@@ -106,6 +137,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
 
       if constexpr (kKeys) ptx::wgmma_wait<1>();  // S^T
       ptx::pin(scores);
+      if constexpr (Traits::kExtended) this->add_bias(scores);
 #pragma unroll
       for (int e = 0; e < kColumns / 2; ++e) scores[e] = ptx::exp2_approximate(scores[e] * params.exponent);
       this->mask(scores);
@@ -136,11 +168,11 @@ struct KeyPassConsumer : PassConsumer<Traits> {
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, int kDim, int kRank, bool kSmall>
+template <typename T, int kDim, int kRank, bool kSmall, bool kExtended>
 __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
                                   pass_shape(kKeyPass, kDim, kSmall).residency)
     backward_key(const __grid_constant__ BackwardParams params) {
-  using Traits = PassTraits<T, kKeyPass, kDim, kRank, kSmall>;
+  using Traits = PassTraits<T, kKeyPass, kDim, kRank, kSmall, kExtended>;
   constexpr bool kDivided = Traits::kGroups > Traits::kParts;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<typename Traits::Shared*>(shared_memory);
@@ -167,9 +199,9 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
 
 struct KeyPass {
   static constexpr Walk kPass = kKeyPass;
-  template <typename T, int kDim, int kRank, bool kSmall>
+  template <typename T, int kDim, int kRank, bool kSmall, bool kExtended>
   static BackwardKernel kernel() {
-    return backward_key<T, kDim, kRank, kSmall>;
+    return backward_key<T, kDim, kRank, kSmall, kExtended>;
   }
 };
 

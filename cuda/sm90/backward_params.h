@@ -4,8 +4,10 @@
 #include <cuda.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "backward_shape.h"
+#include "extension.h"
 #include "tensor_map.h"
 #include "tile_params.h"
 
@@ -28,13 +30,19 @@ struct BackwardParams : TileParams {
   const void* out;           // [batch, X, heads, dim]
   const float *lse, *d_lse;  // [batch, X, heads]
 
-  // The workspace, [2][batch, heads, X]: what the accumulators of S and of dP start with in the key pass, so that no
-  // operand of P and dS has to be loaded once the products are done. Written by the query pass. Heads before positions,
-  // because the key pass gathers runs of positions.
+  // In the workspace, [batch, heads, X] each: what the accumulators of S and of dP start with in the key pass, so that
+  // no operand of P and dS has to be loaded once the products are done. Written by the query pass. Heads before
+  // positions, because the key pass gathers runs of positions.
   float* start[kOperands];  // lse_to_start lse, and -delta
   SlabAddress start_address;
   int positions;
   int position_step[kMaxRank];  // positions between neighboring in-group positions of an axis
+
+  // For the extended variants only. The additional keys of the query pass are columns behind those of the window box.
+  // In the key pass they are rows of launches of their own: see backward_additional.h.
+  KeyExtension extension;
+  float* partials = nullptr;     // of those launches: [batch, chunks, additional, kv_heads, keys and values, dim]
+  int most_columns = INT32_MAX;  // along an axis: there may be more additional keys than positions
 };
 
 using BackwardKernel = void (*)(BackwardParams);

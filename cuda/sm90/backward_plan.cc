@@ -1,11 +1,16 @@
 #include "backward_plan.h"
 
+#include "../sm80/limits.h"
+
 namespace jax_natten::sm90 {
 
 const char* why_not_any_backward(const FusedShape& shape) {
-  if (const char* reason = why_not_layout(shape)) return reason;
-  if (shape.additional > 0) return "does not take additional keys in the backward yet";
-  if (shape.has_bias()) return "does not take a relative position bias in the backward yet";
+  if (const char* reason = why_not_any(shape)) return reason;
+  if (shape.has_bias()) {
+    // Rows and columns of a tile are up to 256 steps apart, in 32 bits.
+    if (shape.neighborhood.bias_size() > 1 << 22) return "takes bias tables of up to 2^22 entries per head";
+    if (const char* reason = sm80::why_not_fused_backward(shape)) return reason;  // its kernel computes the gradient
+  }
   if (shape.heads == 0) return "needs a query head";
   return nullptr;
 }
@@ -27,10 +32,6 @@ const char* why_not(const FusedShape& shape, const BackwardPlan& plan) {
   if (const char* reason = why_not_any_backward(shape)) return reason;
   if (const char* reason = why_not_pass(kQueryPass, shape, plan.query)) return reason;
   return why_not_pass(kKeyPass, shape, plan.key);
-}
-
-int64_t backward_workspace(const FusedShape& shape) {
-  return kOperands * shape.batch * shape.neighborhood.positions() * shape.heads;
 }
 
 }  // namespace jax_natten::sm90

@@ -2,8 +2,6 @@
 // without CUDA.
 #pragma once
 
-#include <cstdint>
-
 #include "backward_shape.h"
 #include "plan.h"
 
@@ -30,8 +28,5 @@ const char* why_not_any_backward(const FusedShape& shape);
 // kernels can take.
 const char* why_not_pass(Walk pass, const FusedShape& shape, const PassPlan& plan);
 const char* why_not(const FusedShape& shape, const BackwardPlan& plan);
-
-// Elements of float that the workspace needs.
-int64_t backward_workspace(const FusedShape& shape);
 
 }  // namespace jax_natten::sm90

@@ -6,6 +6,9 @@
 //     P = exp(scale S - lse)     while dP is computed; masked on tiles that cross a window's edge
 //     dS = P (dP - delta)
 //     dQ += dS K                 wgmma with dS from registers, awaited behind the next tile's S
+//
+// The extended variant adds a relative position bias to S, and appends tiles of additional keys to those of the window
+// box.
 #pragma once
 
 #include "backward_tiles.cuh"
@@ -134,6 +137,7 @@ struct QueryPassConsumer : PassConsumer<Traits> {
 
       ptx::wgmma_wait<1>();  // S
       ptx::pin(scores);
+      if constexpr (Traits::kExtended) this->add_bias(scores);
 #pragma unroll
       for (int e = 0; e < kColumns / 2; ++e) {
         scores[e] = ptx::exp2_approximate(fmaf(scores[e], params.exponent, -lse[e / 2 % 2]));
@@ -155,11 +159,11 @@ struct QueryPassConsumer : PassConsumer<Traits> {
   }
 };
 
-template <typename T, int kDim, int kRank, bool kSmall>
+template <typename T, int kDim, int kRank, bool kSmall, bool kExtended>
 __global__ void __launch_bounds__(pass_shape(kQueryPass, kDim, kSmall).threads(),
                                   pass_shape(kQueryPass, kDim, kSmall).residency)
     backward_query(const __grid_constant__ BackwardParams params) {
-  using Traits = PassTraits<T, kQueryPass, kDim, kRank, kSmall>;
+  using Traits = PassTraits<T, kQueryPass, kDim, kRank, kSmall, kExtended>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& smem = *reinterpret_cast<typename Traits::Shared*>(shared_memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, and known to be
@@ -177,9 +181,9 @@ __global__ void __launch_bounds__(pass_shape(kQueryPass, kDim, kSmall).threads()
 
 struct QueryPass {
   static constexpr Walk kPass = kQueryPass;
-  template <typename T, int kDim, int kRank, bool kSmall>
+  template <typename T, int kDim, int kRank, bool kSmall, bool kExtended>
   static BackwardKernel kernel() {
-    return backward_query<T, kDim, kRank, kSmall>;
+    return backward_query<T, kDim, kRank, kSmall, kExtended>;
   }
 };
 

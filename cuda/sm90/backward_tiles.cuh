@@ -32,6 +32,13 @@ struct ColumnRecord {
   static constexpr uint32_t kLast = 1u << 31;  // no more column tiles for this row tile
 };
 
+// And in the extended variants.
+struct ColumnExtension {
+  // Of the bias table, for the tile's first column and the row tile's first row; null: none.
+  const float* entries;
+  int additional;  // columns that hold additional keys; -1: the tile lies in the window box
+};
+
 // Where a column lies in a column tile.
 struct ColumnPlace {
   uint32_t coordinates;  // a byte per axis; kNone: not in the tile
@@ -40,11 +47,13 @@ struct ColumnPlace {
   static constexpr uint32_t kNone = ~0u;
 };
 
-template <typename T_, Walk kPass_, int kDim, int kRank_, bool kSmall>
+template <typename T_, Walk kPass_, int kDim, int kRank_, bool kSmall, bool kExtended_>
 struct PassTraits {
   using T = T_;
   static constexpr Walk kPass = kPass_;
   static constexpr int kRank = kRank_;
+  static constexpr bool kExtended = kExtended_, kSeesAdditional = kExtended && kPass == kQueryPass;
+  using Cursor = KeyCursor<kRank, kSeesAdditional>;
   static constexpr PassShape kShape = pass_shape(kPass, kDim, kSmall);
   static constexpr int kColumns = kShape.columns, kStages = kShape.stages, kSlots = kShape.row_slots;
   static constexpr int kParts = kShape.parts, kGroups = kShape.groups, kThreads = kShape.threads();
@@ -73,6 +82,9 @@ struct PassTraits {
     uint64_t row_full[kSlots], row_empty[kSlots];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
     uint64_t part_done;  // where a part's columns of results are divided among warpgroups
+    ColumnExtension column_extensions[kExtended ? kStages : 1];
+    int bias_offset[kExtended ? kColumns : 2];           // of each column, from the tile's first, in the bias table
+    int row_offset[kGroups][kExtended ? kPartRows : 1];  // of each row, from the row tile's first
   };
   static_assert(sizeof(Shared) <= 228 * 1024 / kShape.residency - 1024, "CTAs must fit into a multiprocessor");
 };
@@ -136,12 +148,12 @@ struct PassProducer {
     const int first = Traits::kPass == kQueryPass ? params.schedule.by_group.quotient(tile.head) : tile.head * group;
     const int heads = Traits::kPass == kQueryPass ? 1 : group;
     for (int head = first; head < first + heads; ++head) {
-      KeyTileCursor<kRank> cursor;
+      typename Traits::Cursor cursor;
       for (bool more = true; more;) {
-        const KeyTileCursor<kRank> current = cursor;
-        more = cursor.next(axes, tile.extent);
+        const typename Traits::Cursor current = cursor;
+        more = cursor.next(axes, tile.extent, params.extension);
         const bool last = head + 1 == first + heads && !more;
-        load_columns(tile, current.begin, head, last);
+        load_columns(tile, current, head, last);
         if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows(tile);
       }
     }
@@ -172,31 +184,60 @@ struct PassProducer {
     slot.advance();
   }
 
-  __device__ __forceinline__ void load_columns(const QueryTile& tile, const int (&begin)[kMaxRank], int head,
+  __device__ __forceinline__ void load_columns(const QueryTile& tile, const typename Traits::Cursor& cursor, int head,
                                                bool last) {
+    const int (&begin)[kMaxRank] = cursor.begin;
     wait(&smem.column_empty[stage.index], stage.parity);
     if (lane == 0) {
-      const TiledAxis* axes = params.schedule.axes;
       uint32_t classes = last ? ColumnRecord::kLast : 0;
-      for (int part = 0; part < Traits::kParts; ++part) {
-        classes |= uint32_t(smem.parts[part].classify(axes, begin, params.padded)) << 2 * part;
-      }
+      for (int part = 0; part < Traits::kParts; ++part) classes |= uint32_t(classify(part, cursor)) << 2 * part;
       smem.column_records[stage.index] = {{begin[0], begin[1], begin[2]}, classes};
-      const int slab = params.column_address.slab<kRank>(tile, head), map = map_variant<kRank>(params, tile);
+      if constexpr (Traits::kExtended) find_extension(tile, cursor, head);
+      int slab = params.column_address.slab<kRank>(tile, head);
+      int x[kMaxRank] = {tile.key[0] + begin[0], tile.key[1] + begin[1], tile.key[2] + begin[2]};
+      const CUtensorMap *first = &params.maps[map_variant<kRank>(params, tile)].column[0], *second = first + 1;
+      if (!cursor.in_window()) {
+        slab = tile.batch * params.extension.per_batch + head;
+        x[0] = x[1] = 0;
+        x[2] = cursor.additional;
+        first = &params.extension.key;
+        second = &params.extension.value;
+      }
 #pragma unroll 1
       for (int operand = 0; operand < kOperands; ++operand) {
         uint64_t* full = &smem.column_full[stage.index][operand];
         ptx::barrier_arrive_expecting(full, params.column_bytes);
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
-          ptx::tma_load(ptx::shared_address(smem.column[stage.index][operand][c]), &params.maps[map].column[operand],
-                        full, c * Traits::kChunk, tile.key[2] + begin[2], tile.key[1] + begin[1],
-                        tile.key[0] + begin[0], slab, ptx::CachePolicy::kEvictLast);
+          ptx::tma_load(ptx::shared_address(smem.column[stage.index][operand][c]), operand == 0 ? first : second, full,
+                        c * Traits::kChunk, x[2], x[1], x[0], slab, ptx::CachePolicy::kEvictLast);
         }
       }
     }
     if constexpr (Traits::kGathersStarts) gather_starts(tile, begin, head);
     stage.advance();
+  }
+
+  // What a part does with a column tile.
+  __device__ __forceinline__ TileClass classify(int part, const typename Traits::Cursor& cursor) const {
+    if (cursor.in_window()) return smem.parts[part].classify(params.schedule.axes, cursor.begin, params.padded);
+    const bool whole = !params.padded && cursor.additional + params.extension.box <= params.extension.additional;
+    return !smem.parts[part].live ? TileClass::kSkip : whole ? TileClass::kWhole : TileClass::kMasked;
+  }
+
+  __device__ __forceinline__ void find_extension(const QueryTile& tile, const typename Traits::Cursor& cursor,
+                                                 int head) {
+    const KeyExtension& extension = params.extension;
+    const float* entries = nullptr;
+    if (cursor.in_window() && extension.bias != nullptr) {
+      entries = extension.entries(tile.batch, Traits::kPass == kQueryPass ? tile.head : head);
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        entries += (tile.key[a] + cursor.begin[a] - tile.query[a]) * extension.bias_step[a];
+      }
+    }
+    const int left = imin(extension.additional - cursor.additional, extension.box);
+    smem.column_extensions[stage.index] = {entries, cursor.in_window() ? -1 : left};
   }
 
   // Columns outside the grid start at zero; they are masked.
@@ -206,7 +247,7 @@ struct PassProducer {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       const int x = tile.key[a] + begin[a];
-      left[a] = tile.length[a] - x;
+      left[a] = (Traits::kExtended ? imin(tile.length[a], params.most_columns) : tile.length[a]) - x;
       first += x * params.position_step[a];
     }
 #pragma unroll 1
@@ -299,15 +340,29 @@ struct PassConsumer {
     released = -1;
   }
 
-  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each.
+  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist get
+  // that of the part's last, so that what they read of the bias exists.
   __device__ __forceinline__ void find_windows(const QueryTile& tile) {
     const int axis = kMaxRank - kRank + lane % 4;
+    int offset[2] = {0, 0};
     if (axis < kMaxRank) {
+      const TiledAxis& along = params.schedule.axes[axis];
+      const int first = part_begin(tile, axis), length = tile.length[axis];
+      const int last = imin(first + along.query_part, length) - 1;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int x = part_begin(tile, axis) + coordinate(row_in_part(i), axis), length = tile.length[axis];
-        const Interval w = partners<Traits::kPass>(params.schedule.axes[axis], imin(x, length - 1), length);
+        const int x = imin(first + coordinate(row_in_part(i), axis), last);
+        const Interval w = partners<Traits::kPass>(along, x, length);
         smem.windows[group][row_in_part(i)][lane % 4] = {w.begin - tile.key[axis], w.end - tile.key[axis]};
+        if constexpr (Traits::kExtended) offset[i] = (x - tile.query[axis]) * params.extension.bias_step[axis];
+      }
+    }
+    if constexpr (Traits::kExtended) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        offset[i] += __shfl_xor_sync(~0u, offset[i], 1);
+        offset[i] += __shfl_xor_sync(~0u, offset[i], 2);
+        if (lane % 4 == 0) smem.row_offset[group][row_in_part(i)] = offset[i];
       }
     }
     __syncwarp();
@@ -379,20 +434,44 @@ struct PassConsumer {
     ptx::wgmma_commit();
   }
 
+  // Columns of a masked tile that a row sees.
+  __device__ __forceinline__ uint32_t seen_columns(int i) const {
+    if constexpr (Traits::kSeesAdditional) {
+      const int additional = smem.column_extensions[stage.index].additional;
+      if (additional >= 0) return leading_columns_word(additional, lane % 4);
+    }
+    const ColumnRecord& record = smem.column_records[stage.index];
+    uint32_t word = ~uint32_t(0);
+#pragma unroll
+    for (int a = 0; a < kRank; ++a) {
+      const int axis = kMaxRank - kRank + a, begin = record.begin[axis];
+      const Interval w = smem.windows[group][row_in_part(i)][a];
+      word &= key_mask_word(params.mask_layout, smem.mask_table, axis, {w.begin - begin, w.end - begin}, lane % 4);
+    }
+    return word;
+  }
+
   // Zeroes what lies outside the windows.
   __device__ __forceinline__ void mask(float (&probability)[kColumns / 2]) {
     if (tile_class != TileClass::kMasked) return;
-    const ColumnRecord& record = smem.column_records[stage.index];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mask_row(probability, i, seen_columns(i), 0.f);
+  }
+
+  // If there is a bias: makes the scores powers of two, and adds it to those in the window box.
+  __device__ __forceinline__ void add_bias(float (&scores)[kColumns / 2]) {
+    const KeyExtension& extension = params.extension;
+    if (extension.bias == nullptr) return;
+    const float* entries = smem.column_extensions[stage.index].entries;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint32_t word = ~uint32_t(0);
-#pragma unroll
-      for (int a = 0; a < kRank; ++a) {
-        const int axis = kMaxRank - kRank + a, begin = record.begin[axis];
-        const Interval w = smem.windows[group][row_in_part(i)][a];
-        word &= key_mask_word(params.mask_layout, smem.mask_table, axis, {w.begin - begin, w.end - begin}, lane % 4);
+      if (entries == nullptr) {
+        scale_row(scores, i, extension.score_scale);
+      } else {
+        bias_row(scores, i, tile_class == TileClass::kMasked ? seen_columns(i) : ~uint32_t(0),
+                 entries - smem.row_offset[group][row_in_part(i)], smem.bias_offset + 2 * (lane % 4),
+                 extension.score_scale);
       }
-      mask_row(probability, i, word, 0.f);
     }
   }
 
@@ -458,6 +537,12 @@ __device__ __forceinline__ void set_up_pass(const BackwardParams& params, typena
   }
   for (int i = threadIdx.x; i < params.mask_layout.words; i += Traits::kThreads) {
     smem.mask_table[i] = params.mask_table[i];
+  }
+  if constexpr (Traits::kExtended) {
+    const int *tile = params.mask_layout.tile, *step = params.extension.bias_step;
+    for (int n = threadIdx.x; n < Traits::kColumns; n += Traits::kThreads) {
+      smem.bias_offset[n] = n / (tile[1] * tile[2]) * step[0] + n / tile[2] % tile[1] * step[1] + n % tile[2] * step[2];
+    }
   }
   // Copies never write the columns without a partner. They must hold numbers: their probabilities are zero.
   const TiledAxis* axes = params.schedule.axes;

@@ -1,5 +1,5 @@
-// What the extended variants of the sm_90 forward kernels are told beyond a plain problem: additional keys, which every
-// query sees, and a relative position bias. Each may be missing.
+// What the extended variants of the sm_90 kernels are told beyond a plain problem: additional keys, which every query
+// sees, and a relative position bias. Each may be missing.
 #pragma once
 
 #include <cuda.h>
@@ -21,12 +21,12 @@ struct KeyExtension {
   FastDivisor by_table;          // batch elements that share a table
   int heads;                     // of the problem
   int64_t bias_size;             // entries of a head
-  int bias_step[kMaxRank] = {};  // entries between neighboring keys of an axis
+  int bias_step[kMaxRank] = {};  // entries between neighboring columns of an axis: keys, or queries (negative)
   int bias_center;               // entry of a query's own position
   float score_scale;             // scores are multiplied by it before the bias is added: in powers of two
 
-  // Entries of a head for the query at in-group position (0, 0, 0), at the entry of the key there. Other queries and
-  // keys are a sum of steps away.
+  // Entries of a head for the query at in-group position (0, 0, 0), at the entry of the key there. Other columns are
+  // steps ahead, other rows steps back.
   JAX_NATTEN_HD const float* entries(int batch, int head) const {
     return bias + (int64_t(by_table.quotient(batch)) * heads + head) * bias_size + bias_center;
   }

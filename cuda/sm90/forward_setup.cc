@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "extension_setup.h"
+
 namespace jax_natten::sm90 {
 namespace {
 
@@ -51,35 +53,11 @@ cudaError_t set_up_forward(const FusedForwardParams& problem, const Plan& plan, 
 
 cudaError_t set_up_extension(const FusedForwardParams& problem, const Plan& plan, int channels, int box,
                              ForwardParams& params) {
-  KeyExtension& extension = params.extension;
-  extension.additional = problem.additional;
-  extension.box = box;
-  extension.per_batch = problem.additional * problem.kv_heads;
-  if (problem.additional > 0) {
-    const TensorBox rows = {channels, plan.heads, {}};
-    for (const cudaError_t error :
-         {encode_additional_map(&extension.key, problem, problem.additional_keys, rows, box),
-          encode_additional_map(&extension.value, problem, problem.additional_values, rows, box)}) {
-      if (error != cudaSuccess) return error;
-    }
-  }
-  if (problem.has_bias()) {
-    extension.bias = static_cast<const float*>(problem.bias);
-    extension.heads = problem.heads;
-    extension.by_table = FastDivisor(int(problem.batch / problem.bias_batch));
-    extension.bias_size = problem.neighborhood.bias_size();
-    int step = 1, center = 0;
-    for (int a = kMaxRank - 1; a >= 0; --a) {
-      const int window = problem.neighborhood.axes[a].window;
-      extension.bias_step[a] = step;
-      center += (window - 1) * step;
-      step *= 2 * window - 1;
-    }
-    extension.bias_center = center;
-    // Scores leave the bias step in powers of two.
-    extension.score_scale = params.scale;
-    params.scale = 1;
-  }
+  const TensorBox rows = {channels, plan.heads, {}};
+  const cudaError_t error =
+      set_up_additional(problem, problem.additional_keys, problem.additional_values, rows, box, params.extension);
+  if (error != cudaSuccess) return error;
+  if (problem.has_bias()) set_up_bias(problem, problem.bias, params.extension, params.scale);
   return cudaSuccess;
 }
 

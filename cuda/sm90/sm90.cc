@@ -1,5 +1,7 @@
 #include "sm90.h"
 
+#include "../common/workspace.h"
+#include "../naive/fused_backward.h"
 #include "backward.h"
 #include "backward_choose.h"
 #include "choose.h"
@@ -29,12 +31,13 @@ cudaError_t fused_forward(const FusedForwardParams& params, cudaStream_t stream)
 
 const char* why_not_backward_call(const FusedBackwardParams& params) {
   if (const char* reason = why_not_backward(params)) return reason;
-  if (params.workspace_size < backward_workspace(params)) return "needs two numbers per query and head of workspace";
+  if (params.workspace_size < fused_backward_workspace(params))
+    return "needs two numbers per query and head of workspace";
   return nullptr;
 }
 
 cudaError_t fused_backward(const FusedBackwardParams& params, cudaStream_t stream) {
-  if (is_empty(params)) return cudaSuccess;
+  if (is_empty(params)) return naive::fill_sums_with_zeros(params, stream);
   int device = 0, processors = 0;
   if (const cudaError_t error = current_device(device, processors); error != cudaSuccess) return error;
   BackwardPlan plan;

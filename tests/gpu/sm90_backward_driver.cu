@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "../../cuda/common/workspace.h"
 #include "../../cuda/naive/naive.h"
 #include "../../cuda/sm90/backward.h"
 #include "../../cuda/sm90/backward_choose.h"
@@ -67,24 +68,25 @@ class Arrays {
 
   explicit Arrays(const FusedShape& shape) {
     static_cast<FusedShape&>(params) = shape;
-    rows = shape.batch * shape.neighborhood.positions() * shape.heads;
-    counts[0] = rows * shape.dim;
-    counts[1] = counts[2] = rows / shape.heads * shape.kv_heads * shape.dim;
-    params.additional_keys = params.additional_values = params.bias = nullptr;
-    params.d_additional_keys = params.d_additional_values = params.d_bias = nullptr;
-    params.query = normal(counts[0], 1);
-    params.key = normal(counts[1], 2);
-    params.value = normal(counts[2], 3);
-    params.d_out = normal(counts[0], 4);
-    auto* d_lse = allocate<float>(rows);
-    fill_normal<<<1024, 256>>>(d_lse, rows, 5);
-    params.d_lse = d_lse;
-    auto *out = allocate<uint16_t>(counts[0]), *lse = allocate<uint16_t>(2 * rows);
+    const int64_t positions = shape.batch * shape.neighborhood.positions(), rows = positions * shape.heads;
+    const int64_t additional = shape.batch * shape.additional * shape.kv_heads;
+    const int64_t entries = shape.bias_batch * shape.heads * shape.neighborhood.bias_size();
+    params.query = normal(rows * shape.dim, 1);
+    params.key = normal(positions * shape.kv_heads * shape.dim, 2);
+    params.value = normal(positions * shape.kv_heads * shape.dim, 3);
+    params.d_out = normal(rows * shape.dim, 4);
+    params.d_lse = normal_floats(rows, 5);
+    params.additional_keys = normal(additional * shape.dim, 6);
+    params.additional_values = normal(additional * shape.dim, 7);
+    params.bias = normal_floats(entries, 8);
+    auto *out = allocate<uint16_t>(rows * shape.dim), *lse = allocate<uint16_t>(2 * rows);
     params.out = out;
     params.lse = lse;
     FusedForwardParams forward = {};
     static_cast<FusedShape&>(forward) = shape;
-    forward.additional_keys = forward.additional_values = forward.bias = nullptr;
+    forward.additional_keys = params.additional_keys;
+    forward.additional_values = params.additional_values;
+    forward.bias = params.bias;
     forward.query = params.query;
     forward.key = params.key;
     forward.value = params.value;
@@ -97,14 +99,13 @@ class Arrays {
     } else {
       CHECK_CUDA(naive::fused_forward(forward, nullptr));
     }
-    for (int i = 0; i < 3; ++i) {
-      gradients[i] = allocate<uint8_t>(2 * counts[i] + kGuard);
-      first_run[i] = allocate<uint8_t>(2 * counts[i]);
-    }
-    params.d_query = gradients[0];
-    params.d_key = gradients[1];
-    params.d_value = gradients[2];
-    params.workspace_size = sm90::backward_workspace(shape);
+    params.d_query = add_gradient("dq", rows, shape.dim);
+    params.d_key = add_gradient("dk", positions * shape.kv_heads, shape.dim);
+    params.d_value = add_gradient("dv", positions * shape.kv_heads, shape.dim);
+    params.d_additional_keys = add_gradient("dak", additional, shape.dim);
+    params.d_additional_values = add_gradient("dav", additional, shape.dim);
+    params.d_bias = add_gradient("db", entries, 1, /*wide=*/true);
+    params.workspace_size = fused_backward_workspace(shape);
     params.workspace = allocate<float>(params.workspace_size);
     CHECK_CUDA(cudaDeviceSynchronize());
     clear();
@@ -115,55 +116,69 @@ class Arrays {
   Arrays(const Arrays&) = delete;
 
   void clear() {
-    for (int i = 0; i < 3; ++i) CHECK_CUDA(cudaMemset(gradients[i], kFill, 2 * counts[i] + kGuard));
+    for (const Gradient& g : gradients) CHECK_CUDA(cudaMemset(g.data, kFill, g.bytes() + kGuard));
     CHECK_CUDA(cudaMemset(params.workspace, 0xFF, 4 * params.workspace_size));
   }
 
   // Runs the plan twice; compares the gradients of one pass, or of both, with the reference, the two runs with each
   // other, and looks at the guard bytes. Prints a verdict.
   bool check(const BackwardPlan& plan, bool of_queries = true, bool of_keys = true) {
-    if (references[0] == nullptr) make_reference();
-    const int begin = of_queries ? 0 : 1, end = of_keys ? 3 : 1;
-    auto* sums = allocate<double>(6);
+    if (!has_reference) make_reference();
+    const size_t begin = of_queries ? 0 : 1, end = of_keys ? gradients.size() : 1;
+    auto* sums = allocate<double>(2 * gradients.size());
     int* faults = allocate<int>(3);  // not numbers, guard bytes, differing words
-    CHECK_CUDA(cudaMemset(sums, 0, 6 * sizeof(double)));
+    CHECK_CUDA(cudaMemset(sums, 0, 2 * gradients.size() * sizeof(double)));
     CHECK_CUDA(cudaMemset(faults, 0, 3 * sizeof(int)));
     clear();
     CHECK_CUDA(sm90::launch_backward(params, plan, nullptr));
-    for (int i = begin; i < end; ++i) {
-      CHECK_CUDA(cudaMemcpy(first_run[i], gradients[i], 2 * counts[i], cudaMemcpyDeviceToDevice));
-      with_type(params.dtype, [&](auto t) {
-        using T = decltype(t);
-        add_errors<<<1024, 256>>>((const T*)gradients[i], references[i], samples[i], steps[i], params.dim, sums + 2 * i,
+    for (size_t i = begin; i < end; ++i) {
+      const Gradient& g = gradients[i];
+      CHECK_CUDA(cudaMemcpy(g.first_run, g.data, g.bytes(), cudaMemcpyDeviceToDevice));
+      const auto add = [&](auto t) {
+        add_errors<<<1024, 256>>>((const decltype(t)*)g.data, g.reference, g.samples, g.step, g.dim, sums + 2 * i,
                                   faults);
-      });
-      count_other_bytes<<<1, 256>>>(gradients[i] + 2 * counts[i], kGuard, kFill, faults + 1);
+      };
+      g.wide ? add(float()) : with_type(params.dtype, add);
+      count_other_bytes<<<1, 256>>>(g.data + g.bytes(), kGuard, kFill, faults + 1);
     }
     clear();
     CHECK_CUDA(sm90::launch_backward(params, plan, nullptr));
-    for (int i = begin; i < end; ++i) {
-      count_different_words<<<1024, 256>>>((uint32_t*)gradients[i], (uint32_t*)first_run[i], counts[i] / 2, faults + 2);
+    for (size_t i = begin; i < end; ++i) {
+      const Gradient& g = gradients[i];
+      count_different_words<<<1024, 256>>>((uint32_t*)g.data, (uint32_t*)g.first_run, g.bytes() / 4, faults + 2);
     }
-    double s[6];
+    std::vector<double> s(2 * gradients.size());
     int f[3];
-    CHECK_CUDA(cudaMemcpy(s, sums, sizeof(s), cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemcpy(s.data(), sums, s.size() * sizeof(double), cudaMemcpyDeviceToHost));
     CHECK_CUDA(cudaMemcpy(f, faults, sizeof(f), cudaMemcpyDeviceToHost));
     bool good = f[0] == 0 && f[1] == 0 && f[2] == 0;
-    for (int i = begin; i < end; ++i) {
+    for (size_t i = begin; i < end; ++i) {
+      const Gradient& g = gradients[i];
+      if (g.rows == 0) continue;
       // Gradients that cancel out are not asked to be exact.
-      const double compared = double(samples[i]) * params.dim;
-      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * compared));
+      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * double(g.samples) * g.dim));
       good = good && error < (params.dtype == DType::kFloat16 ? 2e-3 : 1e-2);
-      std::printf(" %s %.1e", i == 0 ? "dq" : i == 1 ? "dk" : "dv", error);
+      std::printf(" %s %.1e", g.name, error);
     }
     std::printf(" nan %d guard %d rerun %d %s", f[0], f[1], f[2], good ? "ok" : "WRONG");
     return good;
   }
 
   FusedBackwardParams params = {};
-  int64_t rows, counts[3];  // elements of d_query, d_key, d_value
 
  private:
+  struct Gradient {
+    const char* name;
+    int64_t rows;
+    int dim;
+    bool wide;  // float
+    uint8_t *data, *first_run;
+    int64_t step, samples;
+    float* reference;
+
+    int64_t bytes() const { return rows * dim * (wide ? 4 : 2); }
+  };
+
   template <typename T>
   T* allocate(int64_t count) {
     void* p;
@@ -176,26 +191,41 @@ class Arrays {
     with_type(params.dtype, [&](auto t) { fill_normal<<<1024, 256>>>((decltype(t)*)p, count, seed); });
     return p;
   }
+  float* normal_floats(int64_t count, int seed) {
+    auto* p = allocate<float>(count);
+    fill_normal<<<1024, 256>>>(p, count, seed);
+    return p;
+  }
+  void* add_gradient(const char* name, int64_t rows, int dim, bool wide = false) {
+    Gradient g = {name, rows, dim, wide, nullptr, nullptr, 1, 0, nullptr};
+    g.data = allocate<uint8_t>(g.bytes() + kGuard);
+    g.first_run = allocate<uint8_t>(g.bytes());
+    if (rows > kMostRows && !wide) g.step = rows / kSamples | 1;
+    g.samples = (rows + g.step - 1) / g.step;
+    gradients.push_back(g);
+    return g.data;
+  }
   void make_reference() {
-    for (int i = 0; i < 3; ++i) {
-      const int64_t all = counts[i] / params.dim;
-      steps[i] = all <= kMostRows ? 1 : all / kSamples | 1;
-      samples[i] = (all + steps[i] - 1) / steps[i];
-      references[i] = allocate<float>(samples[i] * params.dim);
-    }
+    has_reference = true;
+    for (Gradient& g : gradients) g.reference = allocate<float>(g.samples * g.dim);
     with_type(params.dtype, [&](auto t) {
       using T = decltype(t);
-      const auto blocks = [](int64_t pairs) { return unsigned((pairs * 32 + 255) / 256); };
-      reference_backward<T, false><<<blocks(samples[0]), 256>>>(params, steps[0], references[0], nullptr);
-      reference_backward<T, true><<<blocks(samples[1]), 256>>>(params, steps[1], references[1], references[2]);
+      const auto blocks = [](const Gradient& g) { return unsigned((g.samples * 32 + 255) / 256); };
+      const Gradient &dq = gradients[0], &dk = gradients[1], &dak = gradients[3], &db = gradients[5];
+      float *dv = gradients[2].reference, *dav = gradients[4].reference;
+      reference_backward<T, kOfQueries><<<blocks(dq), 256>>>(params, dq.step, dq.reference, nullptr);
+      reference_backward<T, kOfKeys><<<blocks(dk), 256>>>(params, dk.step, dk.reference, dv);
+      if (dak.rows > 0) {
+        reference_backward<T, kOfAdditional><<<blocks(dak), 256>>>(params, dak.step, dak.reference, dav);
+      }
+      if (db.rows > 0) reference_bias<T><<<blocks(db), 256>>>(params, db.reference);
     });
     CHECK_CUDA(cudaDeviceSynchronize());
   }
 
   std::vector<void*> allocations;
-  uint8_t *gradients[3] = {}, *first_run[3] = {};
-  float* references[3] = {};
-  int64_t samples[3] = {}, steps[3] = {};
+  std::vector<Gradient> gradients;  // of queries; of keys, values, and what all queries share
+  bool has_reference = false;
 };
 
 // Of the forward, times 2.5: five products for the forward's two.
@@ -356,7 +386,11 @@ int run_correctness(int count, unsigned seed, bool hard) {
       for (const Problem& problem : hard_problems(dtype, causal)) check(problem);
     }
   }
-  for (int i = 0; i < count; ++i) check(random_problem(random, i));
+  for (int i = 0; i < count; ++i) {
+    Problem problem = random_problem(random, i);
+    if (random() % 3 == 0) extend_problem(random, problem);
+    check(problem);
+  }
   std::printf("%d of %d problems wrong\n", wrong, total);
   return wrong != 0;
 }

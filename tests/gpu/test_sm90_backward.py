@@ -25,14 +25,27 @@ pytestmark = [
 
 # Against the same gradients in float32, of results that are rounded once and products of rounded weights.
 GRADIENT_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
-INPUTS = ("query", "key", "value")
+
+
+def extended_cases(dim: int, dtype: str) -> list[Case]:
+    shapes = (
+        problem("rows", 2, 4, 2, dim, [110], [21], [3], [2]),
+        problem("plane", 1, 2, 1, dim, [19, 17], [7, 9], [1, 4], [2, 1]),
+        problem("volume", 1, 2, 2, dim, [7, 9, 6], [3, 5, 4], [1, 2, 1], [1, 1, 1]),
+    )
+    extensions = ((3, False), (0, True), (130, True))
+    return [
+        Case(with_dim(shape, dim), dtype, additional=additional, bias=bias)
+        for shape in shapes
+        for additional, bias in extensions
+    ]
 
 
 def check(case: Case) -> None:
     """Gradients of one case, with cotangents of out and of lse, against the float64 oracle."""
     operands, cotangents, exact, plain, magnitudes = expected_fused(case)
     results = jitted_fused(case, "sm90")(operands, cotangents)
-    for name in (f"d_{x}" for x in INPUTS):
+    for name in (f"d_{x}" for x in operands):
         assert results[name].dtype == jnp.dtype(case.dtype)
         assert_as_good_as_plain(
             results[name], exact[name], plain[name], name=name, dtype=case.dtype, magnitude=magnitudes.get(name, 0.0)
@@ -55,10 +68,33 @@ def test_every_head_dim_in_every_rank(dim, dtype):
         check(Case(with_dim(shape, dim), dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [24, 32, 64, 96, 128, 192, 256])
+def test_additional_keys_and_bias(dim, dtype):
+    for case in extended_cases(dim, dtype):
+        check(case)
+
+
+@pytest.mark.parametrize("additional", [1, 64, 65, 200, 700])
+@pytest.mark.parametrize("dim", [64, 128, 192])
+def test_any_number_of_additional_keys(additional, dim):
+    """Few enough for one part of a tile, or more than there are queries; of which there may be several chunks."""
+    check(Case(problem("many", 1, 4, 2, dim, [29, 23], [7, 5]), "bfloat16", additional=additional))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.75, 2.0])
 @pytest.mark.parametrize("dim", [32, 128])
 def test_scale_is_honoured(scale, dim):
-    check(Case(problem("scale", 2, 4, 2, dim, [21, 19], [7, 5], [2, 1], [1, 2]), "float16", scale=scale))
+    shape = problem("scale", 2, 4, 2, dim, [21, 19], [7, 5], [2, 1], [1, 2])
+    for additional in (0, 5):
+        check(Case(shape, "float16", scale=scale, additional=additional))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.75, 2.0])
+@pytest.mark.parametrize("dim", [32, 96])
+def test_scale_does_not_meet_the_bias(scale, dim):
+    shape = problem("scale", 2, 4, 2, dim, [21, 19], [7, 5], [2, 1], [1, 2])
+    check(Case(shape, "float16", scale=scale, bias=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,8 +118,8 @@ def test_grad_of_a_loss_of_the_output_alone(dim):
 
     results = jax.jit(jax.grad(loss("sm90")))(operands)
     expected = jitted_fused(case, "naive")(operands, (d_out, np.zeros_like(d_lse)))
-    for name in INPUTS:
-        assert relative_error(results[name], expected[f"d_{name}"]) < GRADIENT_ERROR["bfloat16"], name
+    for name, x in results.items():
+        assert relative_error(x, expected[f"d_{name}"]) < GRADIENT_ERROR["bfloat16"], name
 
 
 def check_against_naive(case: Case) -> None:
@@ -93,7 +129,7 @@ def check_against_naive(case: Case) -> None:
     wide = {name: x.astype(np.float32) for name, x in operands.items()}
     widened = dataclasses.replace(case, dtype="float32")
     expected = jitted_fused(widened, "naive")(wide, (d_out.astype(np.float32), d_lse))
-    for name in (f"d_{x}" for x in INPUTS):
+    for name in (f"d_{x}" for x in operands):
         error = np.linalg.norm(np.float32(results[name]) - np.float32(expected[name]))
         # Gradients that cancel out are not asked to be exact.
         size = max(np.linalg.norm(np.float32(expected[name])), 1e-3 * expected[name].size ** 0.5)
@@ -120,7 +156,9 @@ def test_random_problems(chunk):
         dim, dtype = int(rng.choice(DIMS)), DTYPES[rng.integers(2)]
         shape = Problem(f"random{n}", int(rng.integers(1, 4)), kv_heads * group, kv_heads, dim, grid, *window)
         scale = (None, None, None, 0.0, -(dim**-0.5), 3 * dim**-0.5)[rng.integers(6)]
-        check_against_naive(Case(shape, dtype, scale=scale))
+        additional = int(rng.choice([0, 0, 0, 1, 5, 40, 150]))
+        bias = not any(shape.is_causal) and rng.integers(3) == 0
+        check_against_naive(Case(shape, dtype, additional=additional, bias=bias, scale=scale))
 
 
 @pytest.mark.parametrize("name", ["nat_28", "dinat_28_d4", "hdit_64_k13", "vae_k3_7_7", "seq32k_gqa8"])
@@ -128,9 +166,17 @@ def test_same_bits_in_every_run(name):
     check_bits(Case({**SMALL, **LARGE}[name], "bfloat16"), runs=10)
 
 
+@pytest.mark.parametrize("name", ["nat_14", "hdit_64_k13", "seq32k_gqa8"])
+def test_same_bits_in_every_run_with_additional_keys_and_a_bias(name):
+    shape = {**SMALL, **LARGE}[name]
+    check_bits(Case(shape, "bfloat16", additional=77, bias=not any(shape.is_causal)), runs=10)
+
+
 @pytest.mark.parametrize("dim", [32, 128])
 def test_same_bits_in_every_run_of_a_small_problem(dim):
-    check_bits(Case(problem("bits", 1, 4, 2, dim, [17, 21], [7, 5], [2, 1], [1, 2]), "bfloat16"), runs=2)
+    shape = problem("bits", 1, 4, 2, dim, [17, 21], [7, 5], [2, 1], [1, 2])
+    check_bits(Case(shape, "bfloat16"), runs=2)
+    check_bits(Case(shape, "bfloat16", additional=3, bias=dim == 32), runs=2)
 
 
 def check_bits(case: Case, runs: int) -> None:
@@ -143,9 +189,8 @@ def check_bits(case: Case, runs: int) -> None:
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"additional": 3}, "additional keys"),
-    ({"bias": True}, "relative position bias"),
     ({"value_dim": 32}, "head dimension"),
+    ({"dtype": "float32"}, "float16 and bfloat16 only"),
 ])  # fmt: skip
 def test_what_the_backward_does_not_take_is_refused_with_the_reason(changes, words):
     case = dataclasses.replace(Case(problem("refused", 1, 2, 1, 64, [15, 14], [5, 7]), "bfloat16"), **changes)
@@ -161,13 +206,16 @@ def test_what_the_backward_does_not_take_is_refused_with_the_reason(changes, wor
 
 @pytest.mark.parametrize("batch, grid", [(0, (12, 12)), (2, (0, 12))])
 def test_empty_batch_or_axis_gives_empty_gradients(batch, grid):
-    case = Case(problem("empty", batch, 2, 1, 64, grid, [3, 3]), "bfloat16")
+    case = Case(problem("empty", batch, 2, 1, 64, grid, [3, 3]), "bfloat16", additional=2, bias=True)
     for name, x in jitted_fused(case, "sm90")(*draw(case)).items():
-        assert x.size == 0, name
+        assert not np.asarray(x, np.float32).any(), name
+        assert x.size == 0 or name in ("d_rpb", "d_additional_keys", "d_additional_values"), name
 
 
-def test_vmap_of_gradients():
-    case = Case(problem("vmap", 2, 2, 1, 64, [15, 14], [5, 7]), "bfloat16")
+@pytest.mark.parametrize("extended", [False, True])
+def test_vmap_of_gradients(extended):
+    """Of the bias, too: then each batch element has its own."""
+    case = Case(problem("vmap", 2, 2, 1, 32, [15, 14], [5, 7]), "bfloat16", additional=3 * extended, bias=extended)
     operands, cotangents = draw(case)
 
     def gradients(x):
