@@ -54,9 +54,23 @@ __device__ __forceinline__ void scale_row(float (&scores)[kCount], int i, float 
   for (int bit = 0; bit < kCount / 2; ++bit) scores[bit / 2 * 4 + 2 * i + bit % 2] *= scale;
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+// Of both rows, whose exchanges overlap.
+__device__ __forceinline__ void quad_max(float (&x)[2]) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; ++distance) {
+    const float other[2] = {__shfl_xor_sync(~0u, x[0], distance), __shfl_xor_sync(~0u, x[1], distance)};
+    x[0] = fmaxf(x[0], other[0]);
+    x[1] = fmaxf(x[1], other[1]);
+  }
+}
+
+__device__ __forceinline__ void quad_sum(float (&x)[2]) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; ++distance) {
+    const float other[2] = {__shfl_xor_sync(~0u, x[0], distance), __shfl_xor_sync(~0u, x[1], distance)};
+    x[0] += other[0];
+    x[1] += other[1];
+  }
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -87,12 +101,44 @@ struct OnlineSoftmax {
     return grew;
   }
 
+  // The same where all of a row's scores come at once: there are no outputs yet.
+  template <int kCount>
+  __device__ __forceinline__ void begin(float (&scores)[kCount]) {
+    const auto sees = [](int) { return true; };
+    find_maximum<2 * kCount>(scores, sees, maximum);
+    exponentiate<2 * kCount>(scores, sees, [](int, bool) {});
+  }
+
   // The two halves of an update where the warp sees only some spans of kColumns columns: sees(span).
 
   template <int kColumns, int kCount, class Sees>
   __device__ __forceinline__ bool raise_maximum(const float (&scores)[kCount], Sees sees) {
+    float tile[2];
+    find_maximum<kColumns>(scores, sees, tile);
+    bool grew[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      // No short circuits: they would become branches between the rows.
+      grew[i] = (tile[i] * scale > maximum[i] * scale + kSlack) | ((maximum[i] == -INFINITY) & (tile[i] > maximum[i]));
+    }
+    if (!__any_sync(~0u, grew[0] | grew[1])) return false;
+    // A row decides for itself: were others to raise it too, its rounding would depend on them, and some of a warp's
+    // rows hold whatever was in shared memory before.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float raised = grew[i] ? tile[i] : maximum[i];
+      const float reference = raised == -INFINITY ? 0.f : raised * scale;
+      correction[i] = grew[i] ? ptx::exp2_approximate(maximum[i] * scale - reference) : 1.f;
+      maximum[i] = raised;
+      sum[i] *= correction[i];
+    }
+    return true;
+  }
+
+  template <int kColumns, int kCount, class Sees>
+  __device__ __forceinline__ static void find_maximum(const float (&scores)[kCount], Sees sees, float (&tile)[2]) {
     constexpr int kSpan = kColumns / 8;  // of the fragment's steps of 8 columns
-    float tile[2], even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
+    float even[2] = {-INFINITY, -INFINITY}, odd[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int span = 0; span * kSpan < kCount / 4; ++span) {
       if (!sees(span)) continue;
@@ -107,24 +153,7 @@ struct OnlineSoftmax {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) tile[i] = fmaxf(even[i], odd[i]);
-    bool grew[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      tile[i] = quad_max(tile[i]);
-      grew[i] = tile[i] * scale > maximum[i] * scale + kSlack || (maximum[i] == -INFINITY && tile[i] > maximum[i]);
-    }
-    if (!__any_sync(~0u, grew[0] || grew[1])) return false;
-    // A row decides for itself: were others to raise it too, its rounding would depend on them, and some of a warp's
-    // rows hold whatever was in shared memory before.
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float raised = grew[i] ? tile[i] : maximum[i];
-      const float reference = raised == -INFINITY ? 0.f : raised * scale;
-      correction[i] = grew[i] ? ptx::exp2_approximate(maximum[i] * scale - reference) : 1.f;
-      maximum[i] = raised;
-      sum[i] *= correction[i];
-    }
-    return true;
+    quad_max(tile);
   }
 
   // take(span, seen) takes each span's p, if it was seen; else it is 0, and not among the scores.
@@ -160,17 +189,16 @@ struct OnlineSoftmax {
   // What remains: the sums over all columns, and the factors that normalise the outputs. A row without keys (outside
   // the grid) gives zeros.
   __device__ __forceinline__ void finish(float (&normalizer)[2]) {
+    quad_sum(sum);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sum[i] = quad_sum(sum[i]);
-      normalizer[i] = sum[i] == 0 ? 0.f : __fdividef(1.f, sum[i]);
-    }
+    for (int i = 0; i < 2; ++i) normalizer[i] = sum[i] == 0 ? 0.f : __fdividef(1.f, sum[i]);
   }
 
   // Natural log of the sum of exponentials, after finish().
   __device__ __forceinline__ float log_sum_exp(int i) const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return sum[i] == 0 ? -INFINITY : (maximum[i] * scale + ptx::log2_approximate(sum[i])) * kLn2;
+    const float s = i == 0 ? sum[0] : sum[1], m = i == 0 ? maximum[0] : maximum[1];  // i may differ by lane
+    return s == 0 ? -INFINITY : (m * scale + ptx::log2_approximate(s)) * kLn2;
   }
 };
 

@@ -7,7 +7,7 @@
 //     dV += P^T dO                                       wgmma with P^T from registers
 //     dK += dS^T Q with dS^T = P^T dP^T                  likewise, awaited behind the next tile's S^T
 //
-// The producer gathers the start values, which belong to queries and so to columns. Where a warpgroup cannot hold both
+// A warp gathers the start values, which belong to queries and so to columns. Where a warpgroup cannot hold both
 // dK and dV in its registers, one computes dV and another dK of the same keys.
 //
 // The extended variant adds a relative position bias to S^T. It also computes partial sums of the gradients of
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
   __syncthreads();
   if (warpgroup == 0) {
     ptx::release_registers<Traits::kShape.producer_registers()>();
-    if (warp == 0) PassProducer<Traits>(params, smem, lane).run();
+    if (warp < 2) PassProducer<Traits>(params, smem, warp, lane).run();
   } else {
     ptx::take_registers<Traits::kShape.registers>();
     if constexpr (kDivided) {

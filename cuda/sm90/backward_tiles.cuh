@@ -76,8 +76,8 @@ struct PassTraits {
     Interval windows[kGroups][kPartRows][kRank];  // of each row, relative to QueryTile::key
     RowRecord row_records[kSlots];
     ColumnRecord column_records[kStages];
-    // The row tile whose columns are being loaded, and its parts: the producer's own, which has few registers.
-    QueryTile produced_tile;
+    // The row tiles whose columns are being loaded or gathered, and the parts of the first: the producers' own.
+    QueryTile produced_tiles[kGathersStarts ? 2 : 1];
     QueryPart<kRank, kPass> parts[kParts];
     uint64_t row_full[kSlots], row_empty[kSlots];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
@@ -91,28 +91,40 @@ struct PassTraits {
 
 // ---------------------------------------------------------------------------------------------------------- producer
 
-// One warp: all lanes walk, the first one issues copies.
+// One warp loads tiles: its first lane issues copies. In the key pass another gathers the start values of the columns
+// (backward_key.cuh). Both walk over row tiles, and for each over its column tiles. A stage that becomes free is on the
+// way of the whole CTA: what can be found out before is.
 template <class Traits>
 struct PassProducer {
   using Shared = typename Traits::Shared;
+  using Cursor = typename Traits::Cursor;
   static constexpr int kRank = Traits::kRank;
+  // With one slot the rows must wait until the previous tile is done. The first column tiles go ahead of them.
+  static constexpr int kAhead = Traits::kSlots == 1 ? Traits::kStages : 0;
 
   const BackwardParams& params;
   Shared& smem;
+  const bool gathers;  // start values
   const int lane;
+  QueryTile& tile;                       // the row tile. In shared memory: producers have few registers.
   RingPosition<Traits::kSlots> slot{1};  // parity 1 passes on fresh barriers
   RingPosition<Traits::kStages> stage{1};
 
-  __device__ PassProducer(const BackwardParams& params, Shared& smem, int lane)
-      : params(params), smem(smem), lane(lane) {}
+  __device__ PassProducer(const BackwardParams& params, Shared& smem, int warp, int lane)
+      : params(params),
+        smem(smem),
+        gathers(Traits::kGathersStarts && warp == 1),
+        lane(lane),
+        tile(smem.produced_tiles[Traits::kGathersStarts ? warp : 0]) {}
 
   __device__ void run() {
     for (int index = blockIdx.x; index < params.schedule.tiles; index += gridDim.x) {
       __syncwarp();
       if (lane == 0) find_tile(index);
       __syncwarp();
-      if (!smem.produced_tile.empty()) load(smem.produced_tile);
+      if (!tile.empty()) load();
     }
+    if (gathers) return;
     ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
       smem.row_records[slot.index].has_tile = 0;
@@ -122,44 +134,45 @@ struct PassProducer {
 
  private:
   __device__ __forceinline__ void find_tile(int index) {
-    smem.produced_tile = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
-    if (smem.produced_tile.empty()) return;
+    tile = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
+    if (gathers || tile.empty()) return;
 #pragma unroll 1
     for (int part = 0; part < Traits::kParts; ++part) {
-      smem.parts[part] =
-          QueryPart<kRank, Traits::kPass>(params.schedule.axes, smem.produced_tile, smem.part_offset[part]);
+      smem.parts[part] = QueryPart<kRank, Traits::kPass>(params.schedule.axes, tile, smem.part_offset[part]);
     }
   }
 
-  // No lane may fall behind by a phase.
-  __device__ __forceinline__ void wait(uint64_t* empty, uint32_t parity) {
-    ptx::barrier_wait(empty, parity);
-    __syncwarp();
-  }
-
-  // With one slot the rows must wait until the previous tile is done. The first column tiles go ahead of them.
-  __device__ __forceinline__ void load(const QueryTile& tile) {
-    const TiledAxis* axes = params.schedule.axes;
-    constexpr int kAhead = Traits::kSlots == 1 ? Traits::kStages : 0;
+  __device__ __forceinline__ void load() {
     int ahead = kAhead;
-    if (kAhead == 0) load_rows(tile);
+    if (kAhead == 0 && !gathers) load_rows();
     // Columns are of the key and value head of the row tile's queries, or of the query heads of its keys.
     const int group = params.schedule.by_group.divisor;
     const int first = Traits::kPass == kQueryPass ? params.schedule.by_group.quotient(tile.head) : tile.head * group;
     const int heads = Traits::kPass == kQueryPass ? 1 : group;
     for (int head = first; head < first + heads; ++head) {
-      typename Traits::Cursor cursor;
+      Cursor cursor;
       for (bool more = true; more;) {
-        const typename Traits::Cursor current = cursor;
-        more = cursor.next(axes, tile.extent, params.extension);
-        const bool last = head + 1 == first + heads && !more;
-        load_columns(tile, current, head, last);
-        if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows(tile);
+        const Cursor current = cursor;
+        more = cursor.next(params.schedule.axes, tile.extent, params.extension);
+        if (gathers) {
+          gather_starts(current.begin, head);
+        } else {
+          const bool last = head + 1 == first + heads && !more;
+          load_columns(current, head, last);
+          if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows();
+        }
+        stage.advance();
       }
     }
   }
 
-  __device__ __forceinline__ void load_rows(const QueryTile& tile) {
+  // No lane may fall behind by a phase.
+  __device__ __forceinline__ void wait(uint64_t* empty, uint32_t parity) const {
+    ptx::barrier_wait(empty, parity);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void load_rows() {
     wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
       const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
@@ -184,38 +197,37 @@ struct PassProducer {
     slot.advance();
   }
 
-  __device__ __forceinline__ void load_columns(const QueryTile& tile, const typename Traits::Cursor& cursor, int head,
-                                               bool last) {
-    const int (&begin)[kMaxRank] = cursor.begin;
+  __device__ __forceinline__ void load_columns(const Cursor& cursor, int head, bool last) {
+    uint32_t classes = last ? ColumnRecord::kLast : 0;
+    for (int part = 0; part < Traits::kParts; ++part) classes |= uint32_t(classify(part, cursor)) << 2 * part;
+    ColumnExtension extension;
+    if constexpr (Traits::kExtended) extension = find_extension(cursor, head);
+    const int slab = cursor.in_window() ? params.column_address.slab<kRank>(tile, head)
+                                        : tile.batch * params.extension.per_batch + head;
+    const int map = map_variant<kRank>(params, tile);
+
     wait(&smem.column_empty[stage.index], stage.parity);
     if (lane == 0) {
-      uint32_t classes = last ? ColumnRecord::kLast : 0;
-      for (int part = 0; part < Traits::kParts; ++part) classes |= uint32_t(classify(part, cursor)) << 2 * part;
-      smem.column_records[stage.index] = {{begin[0], begin[1], begin[2]}, classes};
-      if constexpr (Traits::kExtended) find_extension(tile, cursor, head);
-      int slab = params.column_address.slab<kRank>(tile, head);
-      int x[kMaxRank] = {tile.key[0] + begin[0], tile.key[1] + begin[1], tile.key[2] + begin[2]};
-      const CUtensorMap *first = &params.maps[map_variant<kRank>(params, tile)].column[0], *second = first + 1;
+      smem.column_records[stage.index] = {{cursor.begin[0], cursor.begin[1], cursor.begin[2]}, classes};
+      if constexpr (Traits::kExtended) smem.column_extensions[stage.index] = extension;
+      int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1], tile.key[2] + cursor.begin[2]};
       if (!cursor.in_window()) {
-        slab = tile.batch * params.extension.per_batch + head;
         x[0] = x[1] = 0;
         x[2] = cursor.additional;
-        first = &params.extension.key;
-        second = &params.extension.value;
       }
 #pragma unroll 1
       for (int operand = 0; operand < kOperands; ++operand) {
+        const CUtensorMap* columns = &params.maps[map].column[operand];
+        if (!cursor.in_window()) columns = operand == kScores ? &params.extension.key : &params.extension.value;
         uint64_t* full = &smem.column_full[stage.index][operand];
         ptx::barrier_arrive_expecting(full, params.column_bytes);
 #pragma unroll
         for (int c = 0; c < Traits::kChunks; ++c) {
-          ptx::tma_load(ptx::shared_address(smem.column[stage.index][operand][c]), operand == 0 ? first : second, full,
-                        c * Traits::kChunk, x[2], x[1], x[0], slab, ptx::CachePolicy::kEvictLast);
+          ptx::tma_load(ptx::shared_address(smem.column[stage.index][operand][c]), columns, full, c * Traits::kChunk,
+                        x[2], x[1], x[0], slab, ptx::CachePolicy::kEvictLast);
         }
       }
     }
-    if constexpr (Traits::kGathersStarts) gather_starts(tile, begin, head);
-    stage.advance();
   }
 
   // What a part does with a column tile.
@@ -225,8 +237,7 @@ struct PassProducer {
     return !smem.parts[part].live ? TileClass::kSkip : whole ? TileClass::kWhole : TileClass::kMasked;
   }
 
-  __device__ __forceinline__ void find_extension(const QueryTile& tile, const typename Traits::Cursor& cursor,
-                                                 int head) {
+  __device__ __forceinline__ ColumnExtension find_extension(const Cursor& cursor, int head) const {
     const KeyExtension& extension = params.extension;
     const float* entries = nullptr;
     if (cursor.in_window() && extension.bias != nullptr) {
@@ -237,11 +248,11 @@ struct PassProducer {
       }
     }
     const int left = imin(extension.additional - cursor.additional, extension.box);
-    smem.column_extensions[stage.index] = {entries, cursor.in_window() ? -1 : left};
+    return {entries, cursor.in_window() ? -1 : left};
   }
 
   // Columns outside the grid start at zero; they are masked.
-  __device__ __forceinline__ void gather_starts(const QueryTile& tile, const int (&begin)[kMaxRank], int head) {
+  __device__ __forceinline__ void gather_starts(const int (&begin)[kMaxRank], int head) {
     int first = params.start_address.slab<kRank>(tile, head * params.positions);
     int left[kMaxRank];  // columns inside the grid
 #pragma unroll
@@ -250,6 +261,7 @@ struct PassProducer {
       left[a] = (Traits::kExtended ? imin(tile.length[a], params.most_columns) : tile.length[a]) - x;
       first += x * params.position_step[a];
     }
+    wait(&smem.column_empty[stage.index], stage.parity);
 #pragma unroll 1
     for (int column = lane; column < Traits::kColumns; column += 32) {
       const auto [x, positions] = smem.places[column];
@@ -340,8 +352,8 @@ struct PassConsumer {
     released = -1;
   }
 
-  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist get
-  // that of the part's last, so that what they read of the bias exists.
+  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist
+  // get that of the part's last, so that what they read of the bias exists.
   __device__ __forceinline__ void find_windows(const QueryTile& tile) {
     const int axis = kMaxRank - kRank + lane % 4;
     int offset[2] = {0, 0};
