@@ -51,7 +51,9 @@ def test_hopper_kernels(environment):
 
 def test_hopper_backward_kernels(environment):
     cases = "(scale and 32) or (shared and 8-float16) or (every_head_dim and bfloat16 and (64 or 200))"
-    chosen = f"{cases} or (small_problem and 128) or (hard_problems and d128) or (output_alone and 64)"
+    # With a bias only head dims whose gradient of it the module has, see below.
+    more = "(keys_and_bias and ([24- or [96-) and bfloat16) or (any_number and (64-65 or 128-700))"
+    chosen = f"{cases} or {more} or (small_problem and 128) or (hard_problems and d128) or (output_alone and 64)"
     run(
         environment,
         "tests/gpu/test_sm90_backward.py",

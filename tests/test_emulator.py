@@ -17,7 +17,7 @@ def test_the_emulator_finds_faults():
 
 
 def test_sm90_backward_kernels_compute_the_gradients():
-    run("test_sm90_backward", "12")
+    run("test_sm90_backward", "20")
 
 
 def test_sm90_forward_kernels_compute_the_definition():

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <utility>
+
+#include "../common/shared_memory.h"
 
 namespace jax_natten::sm80 {
 namespace {
@@ -105,19 +104,8 @@ void set_up_forward_arrays(const FusedForwardParams& problem, FusedParams& param
 
 cudaError_t launch_tiles(const KernelInstance& kernel, int tiles, void* params, cudaStream_t stream) {
   int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  {
-    static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, int> allowed;
-    const std::lock_guard<std::mutex> lock(mutex);
-    int& bytes = allowed[{kernel.function, device}];
-    if (kernel.shared_bytes > bytes) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-      if (error != cudaSuccess) return error;
-      bytes = kernel.shared_bytes;
-    }
-  }
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = allow_shared_memory(kernel.function, device, kernel.shared_bytes)) return error;
   void* arguments[] = {params};
   return cudaLaunchKernel(kernel.function, dim3(tiles), dim3(kernel.threads), arguments, kernel.shared_bytes, stream);
 }

@@ -3,10 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <utility>
 
+#include "../common/shared_memory.h"
 #include "../common/workspace.h"
 #include "dtype.h"
 #include "factorisations.h"
@@ -121,24 +119,13 @@ UnfusedKernel find_kernel(const UnfusedShape& shape, Operation operation, Precis
                                        : in_half(shape.dtype, dim);
 }
 
-// Lets a kernel have more shared memory than the default, once per kernel, size and device.
-cudaError_t allow_shared_memory(const void* kernel, int bytes) {
-  if (bytes <= kDefaultSharedBytes) return cudaSuccess;
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
-  return error;
-}
-
 cudaError_t launch(UnfusedKernel function, UnfusedParams& params, int warps, int64_t blocks, cudaStream_t stream) {
   const void* kernel = reinterpret_cast<const void*>(function);
-  if (const cudaError_t error = allow_shared_memory(kernel, params.layout.bytes); error != cudaSuccess) return error;
+  if (params.layout.bytes > kDefaultSharedBytes) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    if (const cudaError_t error = allow_shared_memory(kernel, device, params.layout.bytes)) return error;
+  }
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(32 * warps), arguments, params.layout.bytes, stream);
 }

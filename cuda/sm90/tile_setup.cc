@@ -1,9 +1,5 @@
 #include "tile_setup.h"
 
-#include <map>
-#include <mutex>
-#include <utility>
-
 namespace jax_natten::sm90 {
 
 void set_up_tiles(const FusedShape& shape, const Tiles& tiles, int heads, TileParams& params) {
@@ -28,17 +24,6 @@ bool variant_exists(const Neighborhood& neighborhood, int variant) {
 cudaError_t current_device(int& device, int& processors) {
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-}
-
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes) {
-  static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, int> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& most = allowed[{kernel, device}];
-  if (bytes <= most) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) most = bytes;
-  return error;
 }
 
 }  // namespace jax_natten::sm90

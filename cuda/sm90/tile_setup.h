@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "../common/shared_memory.h"
 #include "plan.h"
 #include "tile_params.h"
 
@@ -17,8 +18,5 @@ bool variant_exists(const Neighborhood& neighborhood, int variant);
 
 // The current device: its number and its multiprocessors.
 cudaError_t current_device(int& device, int& processors);
-
-// Lets a kernel have its shared memory, once per kernel, size and device.
-cudaError_t allow_shared_memory(const void* kernel, int device, int bytes);
 
 }  // namespace jax_natten::sm90

@@ -13,16 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from checks import Case, draw, fused, generator
-from problems import HARD, HARD_SMALL, LARGE, SMALL, Problem, problem
+from checks import Case, draw, fused
+from hopper import (
+    CHUNK,
+    DIMS,
+    DTYPES,
+    HARD_CASES,
+    MARKS,
+    RANDOM,
+    captured_and_plain,
+    ends_of_long_results,
+    every_rank,
+    extended,
+    random_cases,
+)
+from problems import HARD, LARGE, SMALL, problem
 from tolerance import allowed_error, assert_as_good_as_plain, relative_error
 
 import jax_natten
-from jax_natten import Neighborhood, Tiles, dispatch, native, tiles
+from jax_natten import Neighborhood, Tiles, dispatch, tiles
 from jax_natten.primitives import fused as primitives
 
-DTYPES = ("bfloat16", "float16")
-DIMS = (8, 16, 24, 32, 40, 48, 56, 64, 72, 88, 96, 104, 120, 128, 136, 160, 192, 200, 224, 256)
 # The log-sum-exp is single precision throughout, but the tensor cores truncate where plain attention rounds, and the
 # exponentials are those of the hardware.
 LSE_ERROR = 4e-6
@@ -30,16 +41,7 @@ LSE_ERROR = 4e-6
 OUT_ERROR = {"bfloat16": 6e-3, "float16": 1e-3}
 
 
-def _is_hopper() -> bool:
-    if hasattr(native.cuda, "is_emulated"):
-        return True
-    return any(getattr(device, "compute_capability", "") == "9.0" for device in jax.devices())
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not _is_hopper(), reason="no GPU of compute capability 9.0"),
-]
+pytestmark = MARKS
 
 
 def described(case: Case) -> dispatch.Problem:
@@ -73,17 +75,6 @@ def check(case: Case, asked: Tiles | None = None) -> None:
     assert error <= max(allowed, LSE_ERROR), f"lse: error {error:.3g} exceeds {allowed:.3g} and {LSE_ERROR}"
 
 
-def with_dim(shape: Problem, dim: int) -> Problem:
-    return dataclasses.replace(shape, name=f"{shape.name}-d{dim}", dim=dim)
-
-
-HARD_CASES = [
-    Case(with_dim(causal, DIMS[n % len(DIMS)]), dtype)
-    for dtype in DTYPES
-    for n, causal in enumerate(c for shape in HARD_SMALL.values() for c in shape.every_causal())
-]
-
-
 @pytest.mark.parametrize("case", HARD_CASES, ids=lambda c: c.name)
 def test_hard_problems(case):
     check(case)
@@ -92,24 +83,15 @@ def test_hard_problems(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_head_dim_in_every_rank(dim, dtype):
-    for shape in (
-        problem("rows", 2, 4, 2, dim, [150], [21], [3], [2], [True]),
-        problem("plane", 1, 2, 1, dim, [19, 23], [7, 9], [1, 4], [2, 1]),
-        problem("volume", 1, 2, 2, dim, [7, 9, 10], [3, 5, 4], [1, 2, 1], [1, 1, 2]),
-    ):
-        check(Case(with_dim(shape, dim), dtype))
+    for case in every_rank(dim, dtype):
+        check(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [24, 32, 64, 96, 128, 192, 256])
 def test_additional_keys_and_bias(dim, dtype):
-    for shape in (
-        problem("rows", 2, 4, 2, dim, [110], [21], [3], [2]),
-        problem("plane", 1, 2, 1, dim, [19, 17], [7, 9], [1, 4], [2, 1]),
-        problem("volume", 1, 2, 2, dim, [7, 9, 6], [3, 5, 4], [1, 2, 1], [1, 1, 1]),
-    ):
-        for additional, bias in ((3, False), (0, True), (130, True)):
-            check(Case(with_dim(shape, dim), dtype, additional=additional, bias=bias))
+    for case in extended(dim, dtype):
+        check(case)
 
 
 @pytest.mark.parametrize("shape", HARD.values(), ids=lambda p: p.name)
@@ -125,32 +107,10 @@ def test_hard_problems_at_their_published_size(shape):
         assert relative_error(lse, expected_lse) < LSE_ERROR, case.name
 
 
-RANDOM, CHUNK = 1000, 25
-
-
-def random_axis(rng, longest: int) -> tuple:
-    length = int(rng.integers(1, longest + 1))
-    dilation = int(rng.integers(1, length + 1)) if rng.integers(3) == 0 else 1
-    most = length // dilation
-    window = most if rng.integers(5) == 0 else int(rng.integers(1, most + 1))
-    stride = int(rng.integers(1, window + 1)) if rng.integers(2) else 1
-    return length, window, stride, dilation, bool(rng.integers(4) == 0)
-
-
 @pytest.mark.parametrize("chunk", range(RANDOM // CHUNK))
 def test_random_problems(chunk):
     """A thousand of them, of this run's seed; each under the chosen tiles or one of the next best."""
-    for n in range(chunk * CHUNK, (chunk + 1) * CHUNK):
-        rng = generator("sm90", n)
-        rank = int(rng.integers(1, 4))
-        grid, *window = zip(*(random_axis(rng, {1: 300, 2: 24, 3: 9}[rank]) for _ in range(rank)))
-        kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 1, 2, 3, 5]))
-        dim, dtype = int(rng.choice(DIMS)), DTYPES[rng.integers(2)]
-        shape = Problem(f"random{n}", int(rng.integers(1, 4)), kv_heads * group, kv_heads, dim, grid, *window)
-        scale = (None, None, None, 0.0, -(dim**-0.5), 3 * dim**-0.5)[rng.integers(6)]
-        additional = int(rng.choice([0, 0, 0, 1, 5, 40]))
-        bias = not any(shape.is_causal) and rng.integers(3) == 0
-        case = Case(shape, dtype, additional=additional, bias=bias, scale=scale)
+    for case, rng in random_cases("sm90", chunk):
         ranked = tiles.simulate(described(case), count=4)
         asked = None if rng.integers(2) else ranked[rng.integers(len(ranked))].tiles
         try:
@@ -244,11 +204,7 @@ def test_calls_can_be_captured_into_a_graph(name):
             query = forward(case, {"query": query, "key": key, "value": value})[0] + 1
         return query
 
-    captured = jax.jit(
-        chain,
-        compiler_options={"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1},
-    )
-    plain = jax.jit(chain, compiler_options={"xla_gpu_enable_command_buffer": ""})
+    captured, plain = captured_and_plain(chain)
     for seed in range(4):
         arrays = [
             jax.random.normal(jax.random.key(7 * seed + i), x.shape, x.dtype) for i, (_, x) in enumerate(_structs(case))
@@ -258,24 +214,12 @@ def test_calls_can_be_captured_into_a_graph(name):
 
 def test_offsets_past_two_to_the_31():
     """Tensors of over 2^31 elements; the last positions are compared with attention over a slice of them."""
-    length, heads, dim, window = 2**22 + 64, 4, 128, 9
-    shape = (1, length, heads, dim)
 
     def run(*arrays):
-        return jax_natten.na1d(*arrays, window, return_lse=True, implementation="sm90")
+        return jax_natten.na1d(*arrays, 9, return_lse=True, implementation="sm90")
 
-    try:
-        arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
-        results = jax.block_until_ready(jax.jit(run)(*arrays))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        pytest.skip("not enough GPU memory")
-    tail = 256
-    expected = run(*(x[:, -tail:] for x in arrays))
-    for got, want in zip(results, expected):
-        # The slice shifts the windows of its first queries.
-        assert relative_error(got[:, -tail // 2 :], want[:, -tail // 2 :]) < 1e-5
+    for got, want in ends_of_long_results(run):
+        assert relative_error(got, want) < 1e-5
 
 
 def test_profile_prints_what_it_reaches(tmp_path):

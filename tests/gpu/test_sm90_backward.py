@@ -11,34 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import Case, draw, expected_fused, fused, generator, jitted_fused
-from problems import HARD, LARGE, SMALL, Problem, problem
-from test_sm90 import DIMS, DTYPES, HARD_CASES, _is_hopper, random_axis, with_dim
+from checks import Case, draw, expected_fused, fused, jitted_fused
+from hopper import (
+    CHUNK,
+    DIMS,
+    DTYPES,
+    HARD_CASES,
+    MARKS,
+    RANDOM,
+    captured_and_plain,
+    ends_of_long_results,
+    every_rank,
+    extended,
+    random_cases,
+)
+from problems import HARD, LARGE, SMALL, problem
 from tolerance import assert_as_good_as_plain, relative_error
 
 import jax_natten
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not _is_hopper(), reason="no GPU of compute capability 9.0"),
-]
+pytestmark = MARKS
 
 # Against the same gradients in float32, of results that are rounded once and products of rounded weights.
 GRADIENT_ERROR = {"bfloat16": 1e-2, "float16": 2e-3}
-
-
-def extended_cases(dim: int, dtype: str) -> list[Case]:
-    shapes = (
-        problem("rows", 2, 4, 2, dim, [110], [21], [3], [2]),
-        problem("plane", 1, 2, 1, dim, [19, 17], [7, 9], [1, 4], [2, 1]),
-        problem("volume", 1, 2, 2, dim, [7, 9, 6], [3, 5, 4], [1, 2, 1], [1, 1, 1]),
-    )
-    extensions = ((3, False), (0, True), (130, True))
-    return [
-        Case(with_dim(shape, dim), dtype, additional=additional, bias=bias)
-        for shape in shapes
-        for additional, bias in extensions
-    ]
 
 
 def check(case: Case) -> None:
@@ -60,18 +55,14 @@ def test_hard_problems(case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_head_dim_in_every_rank(dim, dtype):
-    for shape in (
-        problem("rows", 2, 4, 2, dim, [150], [21], [3], [2], [True]),
-        problem("plane", 1, 2, 1, dim, [19, 23], [7, 9], [1, 4], [2, 1]),
-        problem("volume", 1, 2, 2, dim, [7, 9, 10], [3, 5, 4], [1, 2, 1], [1, 1, 2]),
-    ):
-        check(Case(with_dim(shape, dim), dtype))
+    for case in every_rank(dim, dtype):
+        check(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [24, 32, 64, 96, 128, 192, 256])
 def test_additional_keys_and_bias(dim, dtype):
-    for case in extended_cases(dim, dtype):
+    for case in extended(dim, dtype):
         check(case)
 
 
@@ -142,23 +133,11 @@ def test_hard_problems_at_their_published_size(shape):
         check_against_naive(Case(causal, dtype))
 
 
-RANDOM, CHUNK = 1000, 25
-
-
 @pytest.mark.parametrize("chunk", range(RANDOM // CHUNK))
 def test_random_problems(chunk):
     """A thousand of them, of this run's seed, under the chosen tiles; the driver tries random ones."""
-    for n in range(chunk * CHUNK, (chunk + 1) * CHUNK):
-        rng = generator("sm90 backward", n)
-        rank = int(rng.integers(1, 4))
-        grid, *window = zip(*(random_axis(rng, {1: 300, 2: 24, 3: 9}[rank]) for _ in range(rank)))
-        kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 1, 2, 3, 5]))
-        dim, dtype = int(rng.choice(DIMS)), DTYPES[rng.integers(2)]
-        shape = Problem(f"random{n}", int(rng.integers(1, 4)), kv_heads * group, kv_heads, dim, grid, *window)
-        scale = (None, None, None, 0.0, -(dim**-0.5), 3 * dim**-0.5)[rng.integers(6)]
-        additional = int(rng.choice([0, 0, 0, 1, 5, 40, 150]))
-        bias = not any(shape.is_causal) and rng.integers(3) == 0
-        check_against_naive(Case(shape, dtype, additional=additional, bias=bias, scale=scale))
+    for case, _ in random_cases("sm90 backward", chunk):
+        check_against_naive(case)
 
 
 @pytest.mark.parametrize("name", ["nat_28", "dinat_28_d4", "hdit_64_k13", "vae_k3_7_7", "seq32k_gqa8"])
@@ -241,11 +220,7 @@ def test_calls_can_be_captured_into_a_graph(name):
             x = {n: x[n] + gradients[n] for n in x}
         return x
 
-    captured = jax.jit(
-        step,
-        compiler_options={"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1},
-    )
-    plain = jax.jit(step, compiler_options={"xla_gpu_enable_command_buffer": ""})
+    captured, plain = captured_and_plain(step)
     for factor in (1, -1, 0.5):
         arrays = {n: jnp.asarray(x * np.asarray(factor, x.dtype)) for n, x in operands.items()}
         for a, b in zip(jax.tree.leaves(captured(arrays)), jax.tree.leaves(plain(arrays))):
@@ -262,21 +237,11 @@ def test_profile_prints_what_it_reaches(tmp_path):
 
 def test_offsets_past_two_to_the_31():
     """Tensors of over 2^31 elements; gradients at the last positions are compared with those of a slice of them."""
-    length, heads, dim, window = 2**22 + 64, 4, 128, 9
 
     def gradients(*arrays):
-        out, pullback = jax.vjp(lambda *x: jax_natten.na1d(*x, window, implementation="sm90"), *arrays)
+        out, pullback = jax.vjp(lambda *x: jax_natten.na1d(*x, 9, implementation="sm90"), *arrays)
         return pullback(out)
 
-    try:
-        arrays = [jax.random.normal(jax.random.key(i), (1, length, heads, dim), jnp.bfloat16) for i in range(3)]
-        results = jax.block_until_ready(jax.jit(gradients)(*arrays))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        pytest.skip("not enough GPU memory")
-    tail = 256
-    expected = gradients(*(x[:, -tail:] for x in arrays))
-    for got, want in zip(results, expected):
-        # The slice shifts the windows of its first queries, and may be computed with other tiles.
-        assert relative_error(got[:, -tail // 2 :], want[:, -tail // 2 :]) < 5e-3
+    for got, want in ends_of_long_results(gradients):
+        # The slice may be computed with other tiles.
+        assert relative_error(got, want) < 5e-3
