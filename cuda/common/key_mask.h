@@ -40,6 +40,16 @@ inline void fill_key_mask(const KeyMaskLayout& layout, uint32_t* table) {
   }
 }
 
+// Turns the words of an axis into those of whole windows: c then stands for the columns with coordinates c to c +
+// window - 1.
+inline void fill_whole_windows(const KeyMaskLayout& layout, uint32_t* table, int a, int window) {
+  for (int c = 0; c + window <= layout.tile[a]; ++c) {
+    for (int q = 0; q < 4; ++q) {
+      table[4 * (layout.first[a] + c) + q] &= ~table[4 * (layout.first[a] + c + window) + q];
+    }
+  }
+}
+
 // Columns of quad lane q whose coordinate on axis a lies in the window, given relative to the tile's first key.
 JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, int a, Interval window,
                                      int q) {
@@ -66,12 +76,6 @@ JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t
     word &= key_mask_word(layout, table, a, {window.begin - begin[a], window.end - begin[a]}, q);
   }
   return word;
-}
-
-// The first `count` columns.
-JAX_NATTEN_HD uint32_t leading_columns_word(int count, int q) {
-  const int own = count / 8 * 2 + imin(imax(count % 8 - 2 * q, 0), 2);
-  return own >= 32 ? ~uint32_t(0) : (uint32_t(1) << own) - 1;
 }
 
 }  // namespace jax_natten

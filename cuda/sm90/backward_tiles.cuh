@@ -450,7 +450,7 @@ struct PassConsumer {
   __device__ __forceinline__ uint32_t seen_columns(int i) const {
     if constexpr (Traits::kSeesAdditional) {
       const int additional = smem.column_extensions[stage.index].additional;
-      if (additional >= 0) return leading_columns_word(additional, lane % 4);
+      if (additional >= 0) return first_columns_word(additional, lane % 4);
     }
     const ColumnRecord& record = smem.column_records[stage.index];
     uint32_t word = ~uint32_t(0);

@@ -76,7 +76,7 @@ class Search {
   void warp() {
     if (!best_.takes(model_.least_warp())) return;
     const int dim = warp_compiled_dim(shape_.dim);
-    const int most_warps = warp_most_threads(dim) / 32 - 1;
+    const int most_warps = warp_most_threads(dim, kWarpLists[0]) / 32 - 1;
     std::vector<int> part_sizes[kMaxRank], multiples[kMaxRank];
     for (int a = 0; a < kMaxRank; ++a) part_sizes[a] = all_sizes_along(axes_[a], kWarpRows);
     std::vector<QueryShape> queries;
@@ -105,7 +105,7 @@ class Search {
       }
       each_triple(multiples, std::min(smallest_of(multiples, most_warps), 3), most_warps, [&](const Triple& times) {
         for (int a = 0; a < kMaxRank; ++a) plan.query_tile[a] = query.part[a] * times[a];
-        for (plan.heads = 1; plan.heads <= (shape_.dim == 32 ? 2 : 1); ++plan.heads) {
+        for (plan.heads = 1; plan.heads <= (shape_.dim == 32 && !is_extended(shape_) ? 2 : 1); ++plan.heads) {
           if (product(times) * plan.heads <= most_warps) slices(plan);
         }
       });
@@ -146,7 +146,7 @@ class Search {
       tried[count_tried++] = slice;
       plan.key_tile[first_axis_] = slice;
       const int list = warp_compiled_list(inner * std::min(slice, seen));
-      if (list == 0) return;
+      if (list == 0 || (plan.heads > 1 && list != kWarpPairList)) return;
       const bool sliced = slice < most_keys(first_axis_, plan.query_tile[first_axis_]);
       plan.slots = plan.stages = 2;
       if (make_warp_layout(shape_, plan).bytes > kSharedBytes) return;
@@ -162,6 +162,7 @@ class Search {
       propose(plan, model_.warp(plan, counts_.count(plan, false), list, blocks).seconds);
     };
     attempt(whole);
+    if (shape_.neighborhood.rank == 1) return;
     for (const int list : kWarpLists) {
       const int slice = std::min(list / inner, whole);
       attempt(slice);

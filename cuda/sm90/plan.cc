@@ -150,6 +150,22 @@ void find_warp_list(const FusedShape& shape, const Plan& plan, int (&list)[kMaxR
   }
 }
 
+// The first axis along which boxes may not be slices. The only one of a problem of one axis is such a one.
+int inner_axis(const FusedShape& shape) { return kMaxRank - std::max(shape.neighborhood.rank, 2) + 1; }
+
+bool box_is_whole(const FusedShape& shape, const Plan& plan, int a) {
+  return plan.key_tile[a] >= most_keys_of_queries(shape.neighborhood.axes[a], plan.query_tile[a]);
+}
+
+WarpCase warp_case(const FusedShape& shape, const Plan& plan) {
+  if (is_extended(shape)) return WarpCase::kExtended;
+  for (const Axis& axis : shape.neighborhood.axes) {
+    if (axis.stride > 1 || axis.causal) return WarpCase::kGeneral;
+  }
+  if (shape.neighborhood.rank == 3) return plan.heads > 1 ? WarpCase::kGeneral : WarpCase::kSliced;
+  return box_is_whole(shape, plan, 1) ? WarpCase::kSingle : WarpCase::kGeneral;
+}
+
 int warp_compiled_list(int keys) {
   for (const int compiled : kWarpLists) {
     if (keys <= compiled) return compiled;
@@ -174,7 +190,10 @@ WarpLayout make_warp_layout(const FusedShape& shape, const Plan& plan) {
 int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan) {
   const int threads = 32 * (count_warps(plan) + 1);
   const int by_memory = kSharedBytesOfProcessor / (make_warp_layout(shape, plan).bytes + kReservedBytes);
-  const int by_registers = 65536 / (warp_registers(warp_compiled_dim(shape.dim)) * threads);
+  int list[kMaxRank];
+  find_warp_list(shape, plan, list);
+  const int registers = warp_registers(warp_compiled_dim(shape.dim), warp_compiled_list(product(list)));
+  const int by_registers = 65536 / (registers * threads);
   return std::max(std::min(by_memory, by_registers), 1);
 }
 
@@ -185,15 +204,22 @@ const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   if (plan.heads > 1 && shape.dim != 32) return "boxes of two heads need a head dimension of 32";
   if (product(plan.key_tile) > kSharedBytes / 128) return "boxes do not fit into shared memory";
   if (product(plan.query_part) > kWarpRows) return "a warp has at most 16 queries";
-  if (32 * (count_warps(plan) + 1) > warp_most_threads(warp_compiled_dim(shape.dim)))
-    return "query tiles have more parts than a CTA has warps";
   if (plan.slots < 1 || plan.slots > kWarpMostStages || plan.stages < 1 || plan.stages > kWarpMostStages) {
     return "rings have 1 to 4 stages";
   }
   if (const char* reason = why_not_packed(shape, plan)) return reason;
   int list[kMaxRank];
   find_warp_list(shape, plan, list);
-  if (warp_compiled_list(product(list)) == 0) return "a warp's queries see too many keys of a box";
+  const int compiled = warp_compiled_list(product(list));
+  if (compiled == 0) return "a warp's queries see too many keys of a box";
+  if (32 * (count_warps(plan) + 1) > warp_most_threads(warp_compiled_dim(shape.dim), compiled)) {
+    return "query tiles have more parts than a CTA has warps";
+  }
+  if (plan.heads > 1 && compiled != kWarpPairList) return "boxes of two heads take lists of up to 56 keys";
+  if (plan.heads > 1 && is_extended(shape)) return "boxes of two heads take no additional keys and no bias";
+  for (int a = inner_axis(shape); a < kMaxRank; ++a) {
+    if (!box_is_whole(shape, plan, a)) return "boxes must hold all keys that a query tile sees along the inner axes";
+  }
   if (make_warp_layout(shape, plan).bytes > kSharedBytes) return "boxes do not fit into shared memory";
   return nullptr;
 }

@@ -2,8 +2,8 @@
 
 namespace jax_natten::sm90 {
 
-WarpKernel warp_d64(DType dtype, int list, int rank, bool extended) {
-  return warp_instance<64, 1>(dtype, list, rank, extended);
+WarpKernel warp_d64(DType dtype, int list, int rank, WarpCase which) {
+  return warp_instance<64>(dtype, list, rank, which);
 }
 
 }  // namespace jax_natten::sm90

@@ -9,6 +9,9 @@
 // ldmatrix, whose row addresses are free to choose. With kHeads = 2 a row of a box holds two heads, and two warps share
 // a part.
 //
+// Boxes hold all keys that the query tile sees along the inner axes; along the outermost they may be slices. For the
+// most common cases there are variants that save integer work, which is a good part of all work here (WarpCase).
+//
 // The extended variant (kExtended) also adds a relative position bias to the scores, and appends boxes of additional
 // keys, whole lists each, to those of the window.
 //
@@ -22,10 +25,15 @@
 
 namespace jax_natten::sm90 {
 
-struct WarpRecord {
-  QueryTile tile;
-  int row;       // of out and lse, at in-group position (0, 0, 0) of the first head
+// What the producer tells the consumers about a query tile, in vectors of shared memory.
+struct alignas(16) WarpRecord {
+  int query[kMaxRank];  // as in QueryTile
+  int row;              // of out and lse, at in-group position (0, 0, 0) of the first head
+  int key[kMaxRank];
+  int extent;  // keys of the tile along the outermost axis
+  int length[kMaxRank];
   int has_tile;  // 0: no more tiles
+  int head, batch;
 };
 
 // Everything in shared memory but the boxes.
@@ -47,12 +55,13 @@ __device__ __forceinline__ WarpBiasOffsets& bias_offsets(WarpTables& tables) {
 }
 
 // kKeys: longest list. kHeads: in a box.
-template <typename T_, int kDim_, int kKeys_, int kHeads_, int kRank_, bool kExtended_>
+template <typename T_, int kDim_, int kKeys_, int kHeads_, int kRank_, WarpCase kCase>
 struct WarpTraits {
   using T = T_;
   static constexpr int kDim = kDim_, kKeys = kKeys_, kHeads = kHeads_, kRank = kRank_;
-  static constexpr bool kExtended = kExtended_;
-  using Cursor = KeyCursor<kRank, kExtended>;
+  static constexpr bool kExtended = kCase == WarpCase::kExtended, kSingle = kCase == WarpCase::kSingle;
+  static constexpr bool kPlain = kSingle || kCase == WarpCase::kSliced;
+  static constexpr int kOuter = kMaxRank - kRank;      // the outermost axis
   static constexpr int kRowBytes = 2 * kDim * kHeads;  // of a box: a swizzle span
   static constexpr int kSteps = kDim / 16;             // of a sum over channels
   static constexpr int kGroups = (kKeys + 15) / 16;    // of 16 keys
@@ -108,7 +117,15 @@ struct WarpProducer {
     const TiledAxis* axes = params.schedule.axes;
     const int slab = params.query_address.slab<kRank>(tile, Traits::kHeads * tile.head);
     ptx::barrier_wait(&tables.query_empty[slot.index], slot.parity);
-    tables.records[record.index] = {tile, slab, 1};
+    const int (&query)[kMaxRank] = tile.query, (&key)[kMaxRank] = tile.key, (&length)[kMaxRank] = tile.length;
+    tables.records[record.index] = {{query[0], query[1], query[2]},
+                                    slab,
+                                    {key[0], key[1], key[2]},
+                                    tile.extent[Traits::kOuter],
+                                    {length[0], length[1], length[2]},
+                                    1,
+                                    tile.head,
+                                    tile.batch};
     uint64_t* full = &tables.query_full[slot.index];
     ptx::barrier_arrive_expecting(full,
                                   axes[0].query_tile * axes[1].query_tile * axes[2].query_tile * Traits::kRowBytes);
@@ -120,31 +137,33 @@ struct WarpProducer {
 
   __device__ void load_keys_and_values(const QueryTile& tile, const TensorMaps& maps) {
     const TiledAxis* axes = params.schedule.axes;
-    const KeyExtension& extension = params.extension;
     const int head = params.schedule.by_group.quotient(Traits::kHeads * tile.head);
     const int slab = params.key_address.slab<kRank>(tile, head);
     const int bytes = axes[0].key_tile * axes[1].key_tile * axes[2].key_tile * Traits::kRowBytes;
-    typename Traits::Cursor cursor;
-    do {
-      const bool in_window = cursor.in_window();
-      int x[kMaxRank] = {tile.key[0] + cursor.begin[0], tile.key[1] + cursor.begin[1], tile.key[2] + cursor.begin[2]};
-      int box_slab = slab, box_bytes = bytes;
-      if (!in_window) {
-        x[0] = x[1] = 0;
-        x[2] = cursor.additional;
-        box_slab = tile.batch * extension.per_batch + head;
-        box_bytes = extension.box * Traits::kRowBytes;
+    int x[kMaxRank] = {tile.key[0], tile.key[1], tile.key[2]};
+    for (int begin = 0; begin < tile.extent[Traits::kOuter]; begin += axes[Traits::kOuter].key_tile) {
+      load_box(maps.key, maps.value, bytes, x, slab);
+      x[Traits::kOuter] += axes[Traits::kOuter].key_tile;
+    }
+    if constexpr (Traits::kExtended) {
+      const KeyExtension& extension = params.extension;
+      for (int first = 0; first < extension.additional; first += extension.box) {
+        const int rows[kMaxRank] = {0, 0, first};
+        load_box(extension.key, extension.value, extension.box * Traits::kRowBytes, rows,
+                 tile.batch * extension.per_batch + head);
       }
-      uint64_t* full = &tables.key_full[stage.index];
-      const uint32_t keys = memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes;
-      ptx::barrier_wait(&tables.key_empty[stage.index], stage.parity);
-      ptx::barrier_arrive_expecting(full, 2 * box_bytes);
-      ptx::tma_load(keys, in_window ? &maps.key : &extension.key, full, 0, x[2], x[1], x[0], box_slab,
-                    ptx::CachePolicy::kNormal);
-      ptx::tma_load(keys + params.layout.key_bytes, in_window ? &maps.value : &extension.value, full, 0, x[2], x[1],
-                    x[0], box_slab, ptx::CachePolicy::kNormal);
-      stage.advance(params.stages);
-    } while (cursor.next(axes, tile.extent, extension));
+    }
+  }
+
+  __device__ __forceinline__ void load_box(const CUtensorMap& key, const CUtensorMap& value, int bytes,
+                                           const int (&x)[kMaxRank], int slab) {
+    uint64_t* full = &tables.key_full[stage.index];
+    const uint32_t keys = memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes;
+    ptx::barrier_wait(&tables.key_empty[stage.index], stage.parity);
+    ptx::barrier_arrive_expecting(full, 2 * bytes);
+    ptx::tma_load(keys, &key, full, 0, x[2], x[1], x[0], slab, ptx::CachePolicy::kNormal);
+    ptx::tma_load(keys + params.layout.key_bytes, &value, full, 0, x[2], x[1], x[0], slab, ptx::CachePolicy::kNormal);
+    stage.advance(params.stages);
   }
 };
 
@@ -179,10 +198,8 @@ struct WarpConsumer {
       release(&tables.query_empty[slot.index]);
 
       float out[kDim / 2];
-#pragma unroll
-      for (int e = 0; e < kDim / 2; ++e) out[e] = 0;
       OnlineSoftmax softmax(params.scale);
-      attend(tile.tile, queries, stage, softmax, out);
+      attend(tile, queries, stage, softmax, out);
       write(tile, softmax, out);
       slot.advance(params.slots);
       record.advance(2 * params.slots);
@@ -237,86 +254,100 @@ struct WarpConsumer {
 
   // ---- all boxes of keys of a query tile
 
-  // What the warp sees, relative to QueryTile::key.
+  // What the warp sees.
   struct Sight {
-    bool live;                         // has queries inside the grid
-    Interval any[kMaxRank];            // keys that some query sees
-    PackedInterval rows[2][kMaxRank];  // keys that the thread's two queries see
+    bool live;                // has queries inside the grid
+    int place;                // of its list in a box, in keys, as far as inner axes go (kSingle: all axes)
+    int begin[kMaxRank];      // of the list, relative to WarpRecord::key, likewise
+    uint32_t masks[2];        // columns that the thread's two queries see, likewise
+    Interval outer_any;       // keys along the outermost axis that some query sees, relative to WarpRecord::key
+    PackedInterval outer[2];  // that the thread's two queries see
   };
 
-  template <bool kPlain>
-  __device__ __forceinline__ Sight look(const QueryTile& tile) const {
+  // Columns of the list that a query sees as far as an axis goes.
+  __device__ __forceinline__ uint32_t seen_columns(int a, Interval window) const {
+    // Of whole windows it is enough to know where they begin.
+    if (Traits::kPlain) return tables.mask[4 * (params.mask_layout.first[a] + window.begin) + lane % 4];
+    return key_mask_word(params.mask_layout, tables.mask, a, window, lane % 4);
+  }
+
+  __device__ __forceinline__ Sight look(const WarpRecord& tile) const {
     Sight sight;
     sight.live = true;
-    const uint32_t first = tables.rows[warp][0], last = tables.rows[warp][kWarpRows - 1];
-    const uint32_t own[2] = {tables.rows[warp][lane / 4], tables.rows[warp][lane / 4 + 8]};
+    sight.place = 0;
+    sight.masks[0] = sight.masks[1] = ~0u;
+    const uint32_t first = tables.rows[warp][0],
+                   own[2] = {tables.rows[warp][lane / 4], tables.rows[warp][lane / 4 + 8]};
 #pragma unroll
     for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
       const TiledAxis& axis = params.schedule.axes[a];
       const int length = tile.length[a];
       const auto see = [&](uint32_t row) -> Interval {
         const int query = imin(tile.query[a] + coordinate(row, a), length - 1);
-        const Interval w = kPlain ? plain_window(axis, query, length) : window(axis, query, length);
+        const Interval w = Traits::kPlain ? plain_window(axis, query, length) : window(axis, query, length);
         return {w.begin - tile.key[a], w.end - tile.key[a]};
       };
-      sight.live = sight.live && tile.query[a] + coordinate(first, a) < length;
-      sight.any[a] = {see(first).begin, see(last).end};
+      sight.live = sight.live & (tile.query[a] + coordinate(first, a) < length);
+      if (a == Traits::kOuter && !Traits::kSingle) {
+        sight.outer_any = {see(first).begin, see(tables.rows[warp][kWarpRows - 1]).end};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sight.rows[i][a] = see(own[i]);
+        for (int i = 0; i < 2; ++i) sight.outer[i] = see(own[i]);
+      } else {
+        // The list begins where the part's windows do, but stays in the box.
+        sight.begin[a] = imin(see(first).begin, axis.key_tile - params.list[a]);
+        sight.place = sight.place * axis.key_tile + sight.begin[a];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Interval w = see(own[i]);
+          sight.masks[i] &= seen_columns(a, {w.begin - sight.begin[a], w.end - sight.begin[a]});
+        }
+      }
     }
     return sight;
   }
 
   // What the warp gathers from a box.
   struct List {
-    uint32_t address;     // of the first key
-    int begin[kMaxRank];  // that key, relative to QueryTile::key
-    bool in_window;       // else neighboring rows of a box of additional keys
-    uint32_t masks[2];    // keys that the thread's two queries see
+    uint32_t address;   // of the first key
+    int outer_begin;    // that key, along the outermost axis relative to WarpRecord::key
+    bool in_window;     // else neighboring rows of a box of additional keys
+    uint32_t masks[2];  // columns that the thread's two queries see
   };
 
-  // True if the warp sees keys of a box at `address`.
-  __device__ __forceinline__ bool find_list(const Sight& sight, const typename Traits::Cursor& cursor, uint32_t address,
-                                            List& list) const {
-    const TiledAxis* axes = params.schedule.axes;
-    list.in_window = cursor.in_window();
-    if (!list.in_window) {
-      const int keys = imin(params.extension.additional - cursor.additional, params.extension.box);
-      list.address = address;
-      list.masks[0] = list.masks[1] = leading_columns_word(keys, lane % 4);
-      return sight.live;
-    }
-    bool seen = sight.live;
+  // False if the warp sees no keys of the box at `address`, whose first is `begin` along the outermost axis.
+  __device__ __forceinline__ bool find_list(const Sight& sight, int begin, uint32_t address, List& list) const {
+    list.in_window = true;
+    list.masks[0] = sight.masks[0];
+    list.masks[1] = sight.masks[1];
+    int place = sight.place;
+    if (!Traits::kSingle) {
+      const TiledAxis& axis = params.schedule.axes[Traits::kOuter];
+      const bool seen = sight.live & (begin < sight.outer_any.end) & (begin + axis.key_tile > sight.outer_any.begin);
+      if (!seen) return false;
+      const int first = imin(imax(sight.outer_any.begin - begin, 0), axis.key_tile - params.list[Traits::kOuter]);
+      place += first * params.outer_keys;
+      list.outer_begin = begin + first;
 #pragma unroll
-    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-      seen = seen && cursor.begin[a] < sight.any[a].end && cursor.begin[a] + axes[a].key_tile > sight.any[a].begin;
+      for (int i = 0; i < 2; ++i) {
+        const Interval w = sight.outer[i];
+        list.masks[i] &= key_mask_word(params.mask_layout, tables.mask, Traits::kOuter,
+                                       {w.begin - list.outer_begin, w.end - list.outer_begin}, lane % 4);
+      }
     }
-    if (!seen) return false;
-    // The list begins where the part's windows do, or at the box's edges.
-    int first[kMaxRank] = {0, 0, 0};
-#pragma unroll
-    for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-      const int in_box = sight.any[a].begin - cursor.begin[a];
-      first[a] = imin(imax(in_box, 0), axes[a].key_tile - params.list[a]);
-      list.begin[a] = cursor.begin[a] + first[a];
-    }
-    list.address = address + ((first[0] * axes[1].key_tile + first[1]) * axes[2].key_tile + first[2]) * kRowBytes;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      list.masks[i] = key_mask_word<kRank>(params.mask_layout, tables.mask, sight.rows[i], list.begin, lane % 4);
-    }
-    return true;
+    list.address = address + place * kRowBytes;
+    return sight.live;
   }
 
   // Bytes from the first key of a list to the n-th.
   __device__ __forceinline__ int key_offset(const List& list, int n) const {
-    return list.in_window ? tables.key_offset[n] : imin(n, params.extension.box - 1) * kRowBytes;
+    if (!Traits::kExtended || list.in_window) return tables.key_offset[n];
+    return imin(n, params.extension.box - 1) * kRowBytes;
   }
 
   // Scales the scores of a row and adds its bias. All about the query is read again, which costs fewer registers than
   // to keep it.
-  __device__ __forceinline__ void add_bias(float (&scores)[kKeys / 2], int i, const QueryTile& tile,
-                                           const List& list) const {
+  __device__ __forceinline__ void add_bias(float (&scores)[kKeys / 2], int i, const WarpRecord& tile,
+                                           const Sight& sight, const List& list) const {
     const KeyExtension& extension = params.extension;
     if (!list.in_window) return scale_row(scores, i, extension.score_scale);
     const uint32_t row = tables.rows[warp][lane / 4 + 8 * i];
@@ -324,28 +355,49 @@ struct WarpConsumer {
 #pragma unroll
     for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
       const int query = imin(tile.query[a] + coordinate(row, a), tile.length[a] - 1);
-      entry += (tile.key[a] + list.begin[a] - query) * extension.bias_step[a];
+      const int begin = a == Traits::kOuter ? list.outer_begin : sight.begin[a];
+      entry += (tile.key[a] + begin - query) * extension.bias_step[a];
     }
     bias_row(scores, i, list.masks[i], extension.entries(tile.batch, Traits::kHeads * tile.head + head) + entry,
              bias_offsets(tables) + 2 * (lane % 4), extension.score_scale);
   }
 
-  __device__ __forceinline__ void attend(const QueryTile& tile, const uint32_t (&queries)[kSteps][4],
+  __device__ __forceinline__ void attend(const WarpRecord& tile, const uint32_t (&queries)[kSteps][4],
                                          RunTimeRing& stage, OnlineSoftmax& softmax, float (&out)[kDim / 2]) {
-    const Sight sight = params.plain ? look<true>(tile) : look<false>(tile);
-    typename Traits::Cursor cursor;
-    do {
+    const Sight sight = look(tile);
+    if (!Traits::kSingle) {
+#pragma unroll
+      for (int e = 0; e < kDim / 2; ++e) out[e] = 0;
+    }
+    List list;
+    // list_of(address): whether the warp sees keys of the box there, and puts those into `list`.
+    const auto attend_to_box = [&](auto list_of) {
       ptx::barrier_wait(&tables.key_full[stage.index], stage.parity);
-      List list;
-      if (find_list(sight, cursor, memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes, list)) {
-        attend_to_list(tile, list, queries, softmax, out);
+      if (list_of(memory + params.layout.keys + 2 * stage.index * params.layout.key_bytes)) {
+        attend_to_list(tile, sight, list, queries, softmax, out);
       }
       release(&tables.key_empty[stage.index]);
       stage.advance(params.stages);
-    } while (cursor.next(params.schedule.axes, tile.extent, params.extension));
+    };
+    int begin = 0;
+    do {
+      attend_to_box([&](uint32_t address) { return find_list(sight, begin, address, list); });
+      begin += params.schedule.axes[Traits::kOuter].key_tile;
+    } while (!Traits::kSingle && begin < tile.extent);
+    if constexpr (Traits::kExtended) {
+      for (int first = 0; first < params.extension.additional; first += params.extension.box) {
+        attend_to_box([&](uint32_t address) {
+          const int keys = imin(params.extension.additional - first, params.extension.box);
+          list.in_window = false;
+          list.address = address;
+          list.masks[0] = list.masks[1] = first_columns_word(keys, lane % 4);
+          return sight.live;
+        });
+      }
+    }
   }
 
-  __device__ __forceinline__ void attend_to_list(const QueryTile& tile, const List& list,
+  __device__ __forceinline__ void attend_to_list(const WarpRecord& tile, const Sight& sight, const List& list,
                                                  const uint32_t (&queries)[kSteps][4], OnlineSoftmax& softmax,
                                                  float (&out)[kDim / 2]) {
     // Of 16 keys and 16 channels, ldmatrix reads (keys 0-7, channels 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15).
@@ -371,10 +423,12 @@ struct WarpConsumer {
 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (Traits::kExtended && params.extension.bias != nullptr) add_bias(scores, i, tile, list);
+      if (Traits::kExtended && params.extension.bias != nullptr) add_bias(scores, i, tile, sight, list);
       mask_row(scores, i, list.masks[i]);
     }
-    if (softmax.update(scores)) {
+    if constexpr (Traits::kSingle) {
+      softmax.begin(scores);
+    } else if (softmax.update(scores)) {
 #pragma unroll
       for (int e = 0; e < kDim / 2; ++e) out[e] *= softmax.correction[e / 2 % 2];
     }
@@ -393,8 +447,9 @@ struct WarpConsumer {
       for (int k = 0; k < kSteps; ++k) {
         uint32_t b[4];
         ptx::load_matrix_x4_transposed(b, value ^ 32 * k);
-        ptx::mma<T>(&out[8 * k], fragment, b[0], b[1]);
-        ptx::mma<T>(&out[8 * k + 4], fragment, b[2], b[3]);
+        const auto multiply = Traits::kSingle && j == 0 ? ptx::mma_from_zero<T> : ptx::mma<T>;
+        multiply(&out[8 * k], fragment, b[0], b[1]);
+        multiply(&out[8 * k + 4], fragment, b[2], b[3]);
       }
     }
   }
@@ -419,36 +474,39 @@ struct WarpConsumer {
                            ptx::pack<T>(o[6] * normalizer[1], o[7] * normalizer[1]));
     }
     __syncwarp();
+    int row[2];
+    bool inside[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t own = tables.rows[warp][lane / 4 + 8 * i];
-      int row = record.row + head;
-      bool inside = own & kRowExists;
+      row[i] = record.row + head;
+      inside[i] = own & kRowExists;
 #pragma unroll
       for (int a = kMaxRank - kRank; a < kMaxRank; ++a) {
-        const int x = record.tile.query[a] + coordinate(own, a);
-        inside = inside && x < record.tile.length[a];
-        row += x * params.row_step[a];
+        const int x = record.query[a] + coordinate(own, a);
+        inside[i] = inside[i] & (x < record.length[a]);
+        row[i] += x * params.row_step[a];
       }
-      if (!inside) continue;
-      T* destination = static_cast<T*>(params.out) + int64_t(row) * params.dim;
+      T* destination = static_cast<T*>(params.out) + int64_t(row[i]) * params.dim;
 #pragma unroll
       for (int segment = lane % 4; segment < kDim / 8; segment += 4) {
-        if (segment * 8 < params.dim) {
-          *reinterpret_cast<uint4*>(destination + segment * 8) =
-              ptx::load_vector(staging + swizzle((lane / 4 + 8 * i) * kStagedRowBytes + segment * 16));
-        }
+        const uint4 staged = ptx::load_vector(staging + swizzle((lane / 4 + 8 * i) * kStagedRowBytes + segment * 16));
+        if (inside[i] & (segment * 8 < params.dim)) *reinterpret_cast<uint4*>(destination + segment * 8) = staged;
       }
-      if (lane % 4 == i) params.lse[row] = softmax.log_sum_exp(i);
+    }
+    const int mine = lane % 2;
+    if ((lane % 4 < 2) & (mine == 0 ? inside[0] : inside[1])) {
+      params.lse[mine == 0 ? row[0] : row[1]] = softmax.log_sum_exp(mine);
     }
   }
 };
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, int kDim, int kKeys, int kHeads, int kRank, bool kExtended>
-__global__ void __launch_bounds__(warp_most_threads(kDim), 1) warp_forward(const __grid_constant__ WarpParams params) {
-  using Traits = WarpTraits<T, kDim, kKeys, kHeads, kRank, kExtended>;
+template <typename T, int kDim, int kKeys, int kHeads, int kRank, WarpCase kCase>
+__global__ void __launch_bounds__(warp_most_threads(kDim, kKeys), 1)
+    warp_forward(const __grid_constant__ WarpParams params) {
+  using Traits = WarpTraits<T, kDim, kKeys, kHeads, kRank, kCase>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& tables = *reinterpret_cast<WarpTables*>(shared_memory + params.layout.tables);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -465,7 +523,7 @@ __global__ void __launch_bounds__(warp_most_threads(kDim), 1) warp_forward(const
   }
   for (int i = threadIdx.x; i < params.mask_layout.words; i += blockDim.x) tables.mask[i] = params.mask_table[i];
   for (int i = threadIdx.x; i < kWarpMostListed; i += blockDim.x) tables.key_offset[i] = params.key_offset[i];
-  if constexpr (kExtended) {
+  if constexpr (Traits::kExtended) {
     const int *list = params.list, *step = params.extension.bias_step;
     for (int n = threadIdx.x; n < kWarpMostListed; n += blockDim.x) {
       bias_offsets(tables)[n] =

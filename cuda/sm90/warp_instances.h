@@ -1,4 +1,4 @@
-// The compiled instances of the warp kernel, one translation unit per head dimension.
+// The compiled instances of the warp kernel.
 #pragma once
 
 #include "../common/params.h"
@@ -6,9 +6,10 @@
 
 namespace jax_natten::sm90 {
 
-// `list`: one of kWarpLists; `heads`: 1 or 2 per box (2: head dimension 32 only); `rank`: 2 (also for 1) or 3.
-// `extended`: with additional keys and a relative position bias (KeyExtension).
-WarpKernel warp_d32(DType dtype, int list, int heads, int rank, bool extended);
-WarpKernel warp_d64(DType dtype, int list, int rank, bool extended);
+// `list`: one of kWarpLists; `rank`: 2 (also for 1) or 3; `which`: one of warp_case() for the rank.
+WarpKernel warp_d32(DType dtype, int list, int rank, WarpCase which);
+WarpKernel warp_d64(DType dtype, int list, int rank, WarpCase which);
+// Boxes of two heads of 32 channels, with lists of kWarpPairList.
+WarpKernel warp_pair(DType dtype, int rank, WarpCase which);
 
 }  // namespace jax_natten::sm90

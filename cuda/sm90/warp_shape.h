@@ -14,8 +14,18 @@ constexpr int kWarpExtensionBytes = 512;  // and, in extended variants, for Warp
 constexpr int kWarpMostListed = 112;      // keys of a list, in whole groups of 16
 
 // Threads of the largest CTA, one warp of them the producer. The kernel may use all registers that this leaves.
-constexpr int warp_most_threads(int dim) { return dim == 32 ? 512 : 352; }
-constexpr int warp_registers(int dim) { return 65536 / warp_most_threads(dim) / 8 * 8; }
+constexpr int warp_most_threads(int dim, int list) {
+  return dim == 32 ? (list == 56 ? 640 : 512) : list == 56 ? 512 : 384;
+}
+constexpr int warp_registers(int dim, int list) { return 65536 / warp_most_threads(dim, list) / 8 * 8; }
+
+// What a kernel is compiled for. Plain: no axis has a stride or is causal.
+enum class WarpCase {
+  kGeneral,
+  kSliced,    // plain
+  kSingle,    // plain, and boxes hold all that a query tile sees
+  kExtended,  // with additional keys and a relative position bias
+};
 
 // Shared memory of a CTA, in bytes from its beginning.
 struct WarpLayout {
@@ -28,12 +38,16 @@ struct WarpLayout {
 
 // Lists of more keys take longer per query whether they are filled or not.
 constexpr int kWarpLists[] = {56, 80, 104};
+constexpr int kWarpPairList = 56;  // the one that boxes of two heads are compiled for
 
 // The head dimension that the kernel for `dim` is compiled for.
 constexpr int warp_compiled_dim(int dim) { return dim <= 32 ? 32 : 64; }
 
 // What a warp gathers from a box: all that one part can see on an axis, or the whole box.
 void find_warp_list(const FusedShape& shape, const Plan& plan, int (&list)[kMaxRank]);
+
+// The case to compile a plan for.
+WarpCase warp_case(const FusedShape& shape, const Plan& plan);
 
 // The shortest compiled list that holds `keys`; 0: none.
 int warp_compiled_list(int keys);

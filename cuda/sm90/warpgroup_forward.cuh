@@ -290,7 +290,7 @@ struct WarpgroupConsumer {
   // Columns of a box of additional keys that hold one.
   __device__ __forceinline__ uint32_t additional_columns(const typename Traits::Cursor& cursor) const {
     const KeyExtension& extension = params.extension;
-    return leading_columns_word(imin(extension.additional - cursor.additional, extension.box), lane % 4);
+    return first_columns_word(imin(extension.additional - cursor.additional, extension.box), lane % 4);
   }
 
   // Scales the scores of a row and adds the bias of the keys that `word` names. All about the query is read again,
