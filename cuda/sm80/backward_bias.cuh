@@ -41,15 +41,16 @@ struct BackwardBias : FusedBackward<Traits> {
     float* const table = params.bias_partials + blockIdx.x * params.bias_size;
     for (int64_t i = threadIdx.x; i < params.bias_size; i += kThreads) table[i] = 0;
     find_rows();
-    for (int batch = bias_batch * params.bias_share; batch < (bias_batch + 1) * params.bias_share; ++batch) {
-      for (int t = chunk; t < params.tiles_of_head; t += params.chunks) {
-        __syncthreads();  // nobody reads the tile before any more
-        if (!smem.tables.template fill<kThreads>(params, (batch * params.heads + head) * params.tiles_of_head + t)) {
-          continue;
-        }
-        __syncthreads();
-        add_query_tile(table);
+    for (int i = chunk; i < params.bias_share * params.tiles_of_head; i += params.chunks) {
+      const int batch = bias_batch * params.bias_share + i / params.tiles_of_head;
+      __syncthreads();  // nobody reads the tile before any more
+      const int tile_of_head = i % params.tiles_of_head;
+      if (!smem.tables.template fill<kThreads>(params,
+                                               (batch * params.heads + head) * params.tiles_of_head + tile_of_head)) {
+        continue;
       }
+      __syncthreads();
+      add_query_tile(table);
     }
   }
 

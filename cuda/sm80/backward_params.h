@@ -30,7 +30,8 @@ struct BackwardParams : FusedParams {
   int chunks;
   int additional_tiles;  // of a batch element, chunk and key head
 
-  // The bias pass: partial tables, whose tiles of queries are dealt out to the chunks in turn.
+  // The bias pass: partial tables. The tiles of queries of all batch elements that share a table are dealt out to the
+  // chunks in turn.
   float* bias_partials;  // [chunks, bias_batch, heads, bias_size]
   int tiles_of_head, bias_batch;
   DeltaArray bias_delta;

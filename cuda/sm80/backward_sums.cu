@@ -31,9 +31,7 @@ cudaError_t sum_additional(const FusedBackwardParams& p, int chunks, cudaStream_
   }
 }
 
-cudaError_t sum_bias(const FusedBackwardParams& p, cudaStream_t stream) {
-  const float* partials = static_cast<const float*>(p.workspace) + naive::bias_partials(p);
-  const int64_t chunks = reduction_chunks(p.neighborhood.positions());
+cudaError_t sum_bias(const FusedBackwardParams& p, const float* partials, int chunks, cudaStream_t stream) {
   return naive::sum_partials<float>(partials, p.d_bias, {1, chunks, naive::bias_gradient_size(p), 1, 0, 1}, stream);
 }
 

@@ -41,12 +41,17 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
                            cudaStream_t stream);
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream);
 
-// Its bias pass alone, in both stages, for who has computed delta otherwise. The partial sums lie in the workspace
-// where
-// ../naive/fused_backward.h has them.
+// What its bias pass finds and uses in the workspace.
+struct BiasWorkspace {
+  DeltaArray delta;
+  float* partials;  // [chunks, bias_batch, heads, bias_size]
+  int chunks;
+};
+
+// That pass alone, in both stages, for who has computed delta otherwise. Fewer than 2^31 partial tables.
 cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const Plan& plan,
-                             const DeltaArray& delta, cudaStream_t stream);
-cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const DeltaArray& delta,
+                             const BiasWorkspace& workspace, cudaStream_t stream);
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const BiasWorkspace& workspace,
                              cudaStream_t stream);
 
 }  // namespace jax_natten::sm80

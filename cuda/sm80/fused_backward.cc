@@ -118,26 +118,31 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
   }
   if (!problem.has_bias()) return cudaSuccess;
   const int64_t positions = problem.neighborhood.positions();
-  const DeltaArray delta = {params.delta, positions * problem.heads, 1, problem.heads, 1};
-  return backward_of_bias(problem, precision, plan.bias, delta, stream);
+  const BiasWorkspace workspace = {
+      {params.delta, positions * problem.heads, 1, problem.heads, 1},
+      static_cast<float*>(problem.workspace) + naive::bias_partials(problem),
+      params.chunks,
+  };
+  return backward_of_bias(problem, precision, plan.bias, workspace, stream);
 }
 
 cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const Plan& plan,
-                             const DeltaArray& delta, cudaStream_t stream) {
+                             const BiasWorkspace& workspace, cudaStream_t stream) {
   BackwardParams params;
   set_up(problem, plan, Pass::kBias, params);
-  params.bias_delta = delta;
-  params.bias_partials = static_cast<float*>(problem.workspace) + naive::bias_partials(problem);
+  params.bias_delta = workspace.delta;
+  params.bias_partials = workspace.partials;
+  params.chunks = workspace.chunks;
   const KernelInstance bias_pass = find_kernel(problem, precision, Pass::kBias);
   const int64_t tables = params.chunks * problem.bias_batch * problem.heads;
   if (auto error = launch(bias_pass, int(tables), params, stream)) return error;
-  return sum_bias(problem, stream);
+  return sum_bias(problem, workspace.partials, workspace.chunks, stream);
 }
 
-cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const DeltaArray& delta,
+cudaError_t backward_of_bias(const FusedBackwardParams& problem, Precision precision, const BiasWorkspace& workspace,
                              cudaStream_t stream) {
   if (why_not_fused_backward(problem) != nullptr) return cudaErrorInvalidValue;
-  return backward_of_bias(problem, precision, choose_tiles(problem, limits(problem, Pass::kBias)), delta, stream);
+  return backward_of_bias(problem, precision, choose_tiles(problem, limits(problem, Pass::kBias)), workspace, stream);
 }
 
 cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precision, cudaStream_t stream) {

@@ -1,10 +1,13 @@
 #include "backward.h"
 
+#include <algorithm>
+
 #include "../common/workspace.h"
 #include "../naive/fused_backward.h"
 #include "../sm80/fused.h"
 #include "backward_additional.h"
 #include "backward_setup.h"
+#include "cost.h"
 #include "extension_setup.h"
 
 namespace jax_natten::sm90 {
@@ -27,12 +30,21 @@ cudaError_t set_up_extension(Walk pass, const FusedBackwardParams& problem, cons
   return cudaSuccess;
 }
 
-// From delta as the query pass has left it.
+// From delta as the query pass has left it. Partial tables lie where those of the other implementations do, and where
+// the other number of each query and head was, which nobody reads any more: a table for each CTA, and as many CTAs as
+// are resident at a time, of at least a tile of queries each.
 cudaError_t launch_bias(const FusedBackwardParams& problem, cudaStream_t stream) {
-  const int64_t positions = problem.neighborhood.positions();
-  const float* minus_delta = static_cast<const float*>(problem.workspace) + least_fused_backward_workspace(problem);
-  return sm80::backward_of_bias(problem, sm80::Precision::kTf32,
-                                {minus_delta, positions * problem.heads, positions, 1, -1}, stream);
+  constexpr int64_t kResident = 4 * kProcessors, kTile = 64;
+  const int64_t positions = problem.neighborhood.positions(), tables = problem.bias_batch * problem.heads;
+  const int64_t size = naive::bias_gradient_size(problem);
+  const int64_t room = naive::bias_partials(problem) / size + reduction_chunks(positions);
+  const int64_t tiles = problem.batch / problem.bias_batch * ((positions + kTile - 1) / kTile);
+  sm80::BiasWorkspace workspace;
+  workspace.partials = static_cast<float*>(problem.workspace);
+  workspace.chunks = int(std::min({room, tiles, (kResident + tables - 1) / tables}));
+  const float* minus_delta = workspace.partials + least_fused_backward_workspace(problem);
+  workspace.delta = {minus_delta, positions * problem.heads, positions, 1, -1};
+  return sm80::backward_of_bias(problem, sm80::Precision::kTf32, workspace, stream);
 }
 
 }  // namespace
