@@ -7,8 +7,8 @@
 //     dV += P^T dO                                       wgmma with P^T from registers
 //     dK += dS^T Q with dS^T = P^T dP^T                  likewise, awaited behind the next tile's S^T
 //
-// A warp gathers the start values, which belong to queries and so to columns. Where a warpgroup cannot hold both
-// dK and dV in its registers, one computes dV and another dK of the same keys.
+// A warp gathers the start values, which belong to queries and so to columns, and two more find the masks. Where a
+// warpgroup cannot hold both dK and dV in its registers, one computes dV and another dK of the same keys.
 //
 // The extended variant adds a relative position bias to S^T. It also computes partial sums of the gradients of
 // additional keys, where rows are those (backward_additional.h).
@@ -35,7 +35,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
     int unreleased_slot = -1;  // whose results may still be on their way to memory
     while (this->wait_for_rows()) {
       this->release_rows(unreleased_slot);
-      this->find_windows(smem.row_records[slot.index].tile);
+      this->describe_rows(smem.row_records[slot.index].tile);
       float d_key[kKeyAccumulators], d_value[kValueAccumulators];
 #pragma unroll
       for (float& d : d_key) d = 0;
@@ -125,9 +125,9 @@ struct KeyPassConsumer : PassConsumer<Traits> {
       pin_results();
       if constexpr (kKeys) ptx::pin(d_scores);
       if constexpr (kValues) ptx::pin(probabilities);
+      if constexpr (kKeys) load_starts(kGradients, d_probabilities);
       this->release_held();
 
-      if constexpr (kKeys) load_starts(kGradients, d_probabilities);
       this->wait_for_columns(kGradients);
       if constexpr (kKeys) {
         ptx::wgmma_fence();
@@ -182,7 +182,11 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
   __syncthreads();
   if (warpgroup == 0) {
     ptx::release_registers<Traits::kShape.producer_registers()>();
-    if (warp < 2) PassProducer<Traits>(params, smem, warp, lane).run();
+    if (warp < 2) {
+      PassProducer<Traits>(params, smem, warp, lane).run();
+    } else {
+      MaskProducer<Traits>(params, smem, threadIdx.x - 64).run();
+    }
   } else {
     ptx::take_registers<Traits::kShape.registers>();
     if constexpr (kDivided) {

@@ -29,7 +29,7 @@ struct QueryPassConsumer : PassConsumer<Traits> {
     while (this->wait_for_rows()) {
       this->release_rows(unreleased_slot);
       const RowRecord& record = smem.row_records[slot.index];
-      this->find_windows(record.tile);
+      this->describe_rows(record.tile);
       float lse[2], delta[2];  // lse in powers of two
       find_row_constants(record, lse, delta);
       float d_query[kDim / 2];

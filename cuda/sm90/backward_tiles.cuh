@@ -58,7 +58,9 @@ struct PassTraits {
   static constexpr int kColumns = kShape.columns, kStages = kShape.stages, kSlots = kShape.row_slots;
   static constexpr int kParts = kShape.parts, kGroups = kShape.groups, kThreads = kShape.threads();
   static constexpr int kChunk = kShape.chunk, kChunks = kShape.chunks(), kRowBytes = kShape.row_bytes();
-  static constexpr bool kGathersStarts = kPass == kKeyPass;
+  // What warps besides the first producer's do ahead of the consumers. In the query pass, whose ring is short, masks so
+  // come late.
+  static constexpr bool kGathersStarts = kPass == kKeyPass, kMasksAhead = kPass == kKeyPass;
   static_assert(kShape.dim == kDim, "no such head dimension");
   static_assert(kShape.producer_registers() >= 24 && kShape.producer_registers() % 8 == 0,
                 "consumers take more registers than there are: they would wait for ever");
@@ -70,6 +72,7 @@ struct PassTraits {
     alignas(1024) uint8_t column[kStages][kOperands][kChunks][kColumns * kRowBytes];
     alignas(16) float start[kGathersStarts ? kStages : 1][kOperands][kGathersStarts ? kColumns : 1];
     ColumnPlace places[kGathersStarts ? kColumns : 1];
+    uint4 masks[kMasksAhead ? kStages : 1][kParts][kMasksAhead ? kPartRows : 1];  // columns that each row sees
     alignas(16) uint32_t mask_table[kMaxKeyMaskWords];
     int part_offset[kParts][kMaxRank];            // where a part begins in a row tile
     uint32_t row_coordinates[kPartRows];          // of the rows in a part, a byte per axis
@@ -277,6 +280,84 @@ struct PassProducer {
   }
 };
 
+// In the key pass, two warps find the masks of column tiles ahead of their use: one thread for each row of the parts.
+template <class Traits>
+struct MaskProducer {
+  using Shared = typename Traits::Shared;
+  static constexpr int kRank = Traits::kRank;
+
+  const BackwardParams& params;
+  Shared& smem;
+  const int row;
+  RingPosition<Traits::kSlots> slot{0};
+  RingPosition<Traits::kStages> stage{0};
+
+  __device__ MaskProducer(const BackwardParams& params, Shared& smem, int row) : params(params), smem(smem), row(row) {}
+
+  __device__ void run() {
+    for (;;) {
+      ptx::barrier_wait(&smem.row_full[slot.index], slot.parity);
+      if (!smem.row_records[slot.index].has_tile) return;
+      find_windows(smem.row_records[slot.index].tile);
+      for (bool last = false; !last;) {
+        ptx::barrier_wait(&smem.column_full[stage.index][kScores], stage.parity);
+        const ColumnRecord& record = smem.column_records[stage.index];
+        const uint32_t classes = record.classes;
+#pragma unroll 1
+        for (int part = 0; part < Traits::kParts; ++part) {
+          if (TileClass(classes >> 2 * part & 3) == TileClass::kMasked) {
+            smem.masks[stage.index][part][row] = find_mask(part, record.begin);
+          }
+        }
+        __syncwarp();
+        if (row % 32 == 0) ptx::barrier_arrive(&smem.column_full[stage.index][kGradients]);
+        last = classes & ColumnRecord::kLast;
+        stage.advance();
+      }
+      slot.advance();
+    }
+  }
+
+ private:
+  // Of rows that do not exist, those of the part's last, as in describe_rows().
+  __device__ __forceinline__ void find_windows(const QueryTile& tile) {
+#pragma unroll 1
+    for (int part = 0; part < Traits::kParts; ++part) {
+#pragma unroll 1
+      for (int a = 0; a < kRank; ++a) {
+        const int axis = kMaxRank - kRank + a, length = tile.length[axis];
+        const TiledAxis& along = params.schedule.axes[axis];
+        const int first = tile.query[axis] + smem.part_offset[part][axis];
+        const int x =
+            imin(first + int(smem.row_coordinates[row] >> 8 * axis & 255), imin(first + along.query_part, length) - 1);
+        const Interval w = partners<Traits::kPass>(along, x, length);
+        smem.windows[part][row][a] = {w.begin - tile.key[axis], w.end - tile.key[axis]};
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint4 find_mask(int part, const int (&begin)[kMaxRank]) const {
+    uint4 mask = make_uint4(~0u, ~0u, ~0u, ~0u);
+#pragma unroll
+    for (int a = 0; a < kRank; ++a) {
+      const int axis = kMaxRank - kRank + a;
+      const Interval w = smem.windows[part][row][a];
+      const uint4 from = table_row(axis, w.begin - begin[axis]), to = table_row(axis, w.end - begin[axis]);
+      mask.x &= from.x & ~to.x;
+      mask.y &= from.y & ~to.y;
+      mask.z &= from.z & ~to.z;
+      mask.w &= from.w & ~to.w;
+    }
+    return mask;
+  }
+
+  // The words of all quad lanes.
+  __device__ __forceinline__ uint4 table_row(int axis, int coordinate) const {
+    const int c = imin(imax(coordinate, 0), params.mask_layout.tile[axis]);
+    return reinterpret_cast<const uint4*>(smem.mask_table)[params.mask_layout.first[axis] + c];
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------- consumer
 
 template <class Traits>
@@ -352,9 +433,11 @@ struct PassConsumer {
     released = -1;
   }
 
-  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist
-  // get that of the part's last, so that what they read of the bias exists.
-  __device__ __forceinline__ void find_windows(const QueryTile& tile) {
+  // Puts what is known of the warp's rows into shared memory: windows, unless masks are made ahead, and places in the
+  // bias table. Lanes of a quad take an axis each. Rows that do not exist get those of the part's last, so that what
+  // they read of the bias exists.
+  __device__ __forceinline__ void describe_rows(const QueryTile& tile) {
+    if (Traits::kMasksAhead && !Traits::kExtended) return;
     const int axis = kMaxRank - kRank + lane % 4;
     int offset[2] = {0, 0};
     if (axis < kMaxRank) {
@@ -364,8 +447,10 @@ struct PassConsumer {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int x = imin(first + coordinate(row_in_part(i), axis), last);
-        const Interval w = partners<Traits::kPass>(along, x, length);
-        smem.windows[group][row_in_part(i)][lane % 4] = {w.begin - tile.key[axis], w.end - tile.key[axis]};
+        if constexpr (!Traits::kMasksAhead) {
+          const Interval w = partners<Traits::kPass>(along, x, length);
+          smem.windows[group][row_in_part(i)][lane % 4] = {w.begin - tile.key[axis], w.end - tile.key[axis]};
+        }
         if constexpr (Traits::kExtended) offset[i] = (x - tile.query[axis]) * params.extension.bias_step[axis];
       }
     }
@@ -451,6 +536,9 @@ struct PassConsumer {
     if constexpr (Traits::kSeesAdditional) {
       const int additional = smem.column_extensions[stage.index].additional;
       if (additional >= 0) return first_columns_word(additional, lane % 4);
+    }
+    if constexpr (Traits::kMasksAhead) {
+      return reinterpret_cast<const uint32_t*>(&smem.masks[stage.index][part][row_in_part(i)])[lane % 4];
     }
     const ColumnRecord& record = smem.column_records[stage.index];
     uint32_t word = ~uint32_t(0);
@@ -541,7 +629,7 @@ __device__ __forceinline__ void set_up_pass(const BackwardParams& params, typena
     for (int i = 0; i < Traits::kStages; ++i) {
       // The lanes that gather start values arrive too.
       ptx::barrier_init(&smem.column_full[i][kScores], Traits::kGathersStarts ? 1 + 32 : 1);
-      ptx::barrier_init(&smem.column_full[i][kGradients], 1);
+      ptx::barrier_init(&smem.column_full[i][kGradients], Traits::kMasksAhead ? 1 + 2 : 1);
       ptx::barrier_init(&smem.column_empty[i], 4 * Traits::kGroups);
     }
     ptx::barrier_init(&smem.part_done, 128 * Traits::kGroups / Traits::kParts);
