@@ -182,8 +182,10 @@ __global__ void __launch_bounds__(pass_shape(kKeyPass, kDim, kSmall).threads(),
   __syncthreads();
   if (warpgroup == 0) {
     ptx::release_registers<Traits::kShape.producer_registers()>();
-    if (warp < 2) {
-      PassProducer<Traits>(params, smem, warp, lane).run();
+    if (warp == 0) {
+      PassProducer<Traits>(params, smem, lane).run();
+    } else if (warp == 1) {
+      StartProducer<Traits>(params, smem, lane).run();
     } else {
       MaskProducer<Traits>(params, smem, threadIdx.x - 64).run();
     }

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(pass_shape(kQueryPass, kDim, kSmall).threads()
   __syncthreads();
   if (warpgroup == 0) {
     ptx::release_registers<Traits::kShape.producer_registers()>();
-    if (warp == 0) PassProducer<Traits>(params, smem, warp, lane).run();
+    if (warp == 0) PassProducer<Traits>(params, smem, lane).run();
   } else {
     ptx::take_registers<Traits::kShape.registers>();
     QueryPassConsumer<Traits>(params, smem, warpgroup - 1, warp, lane).run();

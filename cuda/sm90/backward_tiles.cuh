@@ -79,9 +79,7 @@ struct PassTraits {
     Interval windows[kGroups][kPartRows][kRank];  // of each row, relative to QueryTile::key
     RowRecord row_records[kSlots];
     ColumnRecord column_records[kStages];
-    // The row tiles whose columns are being loaded or gathered, and the parts of the first: the producers' own.
-    QueryTile produced_tiles[kGathersStarts ? 2 : 1];
-    QueryPart<kRank, kPass> parts[kParts];
+    QueryTile produced_tile, gathered_tile;  // the producers' own
     uint64_t row_full[kSlots], row_empty[kSlots];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
     uint64_t part_done;  // where a part's columns of results are divided among warpgroups
@@ -94,77 +92,38 @@ struct PassTraits {
 
 // ---------------------------------------------------------------------------------------------------------- producer
 
-// One warp loads tiles: its first lane issues copies. In the key pass another gathers the start values of the columns
-// (backward_key.cuh). Both walk over row tiles, and for each over its column tiles. A stage that becomes free is on the
-// way of the whole CTA: what can be found out before is.
+// Walks over row tiles, and for each over its column tiles. One warp, whose first lane decodes.
 template <class Traits>
-struct PassProducer {
-  using Shared = typename Traits::Shared;
-  using Cursor = typename Traits::Cursor;
+struct PassWalk {
   static constexpr int kRank = Traits::kRank;
-  // With one slot the rows must wait until the previous tile is done. The first column tiles go ahead of them.
-  static constexpr int kAhead = Traits::kSlots == 1 ? Traits::kStages : 0;
+  using Cursor = typename Traits::Cursor;
 
   const BackwardParams& params;
-  Shared& smem;
-  const bool gathers;  // start values
+  QueryTile& tile;  // the row tile. In shared memory: producers have few registers.
   const int lane;
-  QueryTile& tile;                       // the row tile. In shared memory: producers have few registers.
-  RingPosition<Traits::kSlots> slot{1};  // parity 1 passes on fresh barriers
-  RingPosition<Traits::kStages> stage{1};
 
-  __device__ PassProducer(const BackwardParams& params, Shared& smem, int warp, int lane)
-      : params(params),
-        smem(smem),
-        gathers(Traits::kGathersStarts && warp == 1),
-        lane(lane),
-        tile(smem.produced_tiles[Traits::kGathersStarts ? warp : 0]) {}
-
-  __device__ void run() {
+  // Calls begin_tile() before the column tiles of a row tile, begin_head(head) before those of one head, and
+  // visit(cursor, head, last) for each.
+  template <class BeginTile, class BeginHead, class Visit>
+  __device__ __forceinline__ void run(BeginTile begin_tile, BeginHead begin_head, Visit visit) {
+    // Columns are of the key and value head of the row tile's queries, or of the query heads of its keys.
+    const int group = params.schedule.by_group.divisor, heads = Traits::kPass == kQueryPass ? 1 : group;
     for (int index = blockIdx.x; index < params.schedule.tiles; index += gridDim.x) {
       __syncwarp();
-      if (lane == 0) find_tile(index);
+      if (lane == 0) tile = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
       __syncwarp();
-      if (!tile.empty()) load();
-    }
-    if (gathers) return;
-    ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
-    if (lane == 0) {
-      smem.row_records[slot.index].has_tile = 0;
-      ptx::barrier_arrive(&smem.row_full[slot.index]);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void find_tile(int index) {
-    tile = decode_query_tile<kRank, Traits::kPass>(params.schedule, index);
-    if (gathers || tile.empty()) return;
+      if (tile.empty()) continue;
+      begin_tile();
+      const int first = Traits::kPass == kQueryPass ? params.schedule.by_group.quotient(tile.head) : tile.head * group;
 #pragma unroll 1
-    for (int part = 0; part < Traits::kParts; ++part) {
-      smem.parts[part] = QueryPart<kRank, Traits::kPass>(params.schedule.axes, tile, smem.part_offset[part]);
-    }
-  }
-
-  __device__ __forceinline__ void load() {
-    int ahead = kAhead;
-    if (kAhead == 0 && !gathers) load_rows();
-    // Columns are of the key and value head of the row tile's queries, or of the query heads of its keys.
-    const int group = params.schedule.by_group.divisor;
-    const int first = Traits::kPass == kQueryPass ? params.schedule.by_group.quotient(tile.head) : tile.head * group;
-    const int heads = Traits::kPass == kQueryPass ? 1 : group;
-    for (int head = first; head < first + heads; ++head) {
-      Cursor cursor;
-      for (bool more = true; more;) {
-        const Cursor current = cursor;
-        more = cursor.next(params.schedule.axes, tile.extent, params.extension);
-        if (gathers) {
-          gather_starts(current.begin, head);
-        } else {
-          const bool last = head + 1 == first + heads && !more;
-          load_columns(current, head, last);
-          if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows();
+      for (int head = first; head < first + heads; ++head) {
+        begin_head(head);
+        Cursor cursor;
+        for (bool more = true; more;) {
+          const Cursor current = cursor;
+          more = cursor.next(params.schedule.axes, tile.extent, params.extension);
+          visit(current, head, head + 1 == first + heads && !more);
         }
-        stage.advance();
       }
     }
   }
@@ -174,9 +133,93 @@ struct PassProducer {
     ptx::barrier_wait(empty, parity);
     __syncwarp();
   }
+};
+
+// One warp has the TMA load tiles. A stage that becomes free is on the way of the whole CTA: what can be found out
+// before is. Lane 3 p + a knows what part p sees along axis a.
+template <class Traits>
+struct PassProducer {
+  using Shared = typename Traits::Shared;
+  using Cursor = typename Traits::Cursor;
+  static constexpr int kRank = Traits::kRank, kParts = Traits::kParts;
+  // With one slot the rows must wait until the previous tile is done. The first column tiles go ahead of them.
+  static constexpr int kAhead = Traits::kSlots == 1 ? Traits::kStages : 0;
+
+  const BackwardParams& params;
+  Shared& smem;
+  const int lane, axis;
+  PassWalk<Traits> walk{params, smem.produced_tile, lane};
+  RingPosition<Traits::kSlots> slot{1};  // parity 1 passes on fresh barriers
+  RingPosition<Traits::kStages> stage{1};
+
+  Span span;      // relative to QueryTile::key; nothing if the part has no rows inside the grid
+  uint32_t live;  // of which lanes it is something
+
+  __device__ PassProducer(const BackwardParams& params, Shared& smem, int lane)
+      : params(params), smem(smem), lane(lane), axis(lane % kMaxRank) {}
+
+  __device__ void run() {
+    int ahead;  // column tiles that go before the rows
+    int slab;   // of the column boxes
+    const auto begin_tile = [&] {
+      find_span();
+      ahead = kAhead;
+      if (kAhead == 0) load_rows();
+    };
+    const auto begin_head = [&](int head) { slab = params.column_address.slab<kRank>(smem.produced_tile, head); };
+    walk.run(begin_tile, begin_head, [&](const Cursor& cursor, int head, bool last) {
+      load_columns(cursor, head, slab, last);
+      if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows();
+    });
+    ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
+    if (lane == 0) {
+      smem.row_records[slot.index].has_tile = 0;
+      ptx::barrier_arrive(&smem.row_full[slot.index]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void find_span() {
+    const QueryTile& tile = smem.produced_tile;
+    const TiledAxis& along = params.schedule.axes[axis];
+    const int part = lane < kParts * kMaxRank ? lane / kMaxRank : 0, length = tile.length[axis];
+    const int first = tile.query[axis] + smem.part_offset[part][axis];
+    const int last = imin(first + along.query_part, length) - 1;
+    span = span_of_queries<Traits::kPass>(along, imin(first, length - 1), last, length);
+    span.any.begin -= tile.key[axis];
+    span.any.end = first <= last ? span.any.end - tile.key[axis] : 0;
+    span.all.begin -= tile.key[axis];
+    span.all.end -= tile.key[axis];
+    live = __ballot_sync(~0u, first <= last);
+  }
+
+  // Two bits per part: what it does with the column tile.
+  __device__ __forceinline__ uint32_t classify(const Cursor& cursor) const {
+    const int begin = axis == 0 ? cursor.begin[0] : axis == 1 ? cursor.begin[1] : cursor.begin[2];
+    const int end = begin + params.schedule.axes[axis].key_tile;
+    uint32_t seen = live & __ballot_sync(~0u, begin < span.any.end && end > span.any.begin);
+    uint32_t whole = __ballot_sync(~0u, begin >= span.all.begin && end <= span.all.end);
+    bool padded = params.padded;
+    if (!cursor.in_window()) {
+      seen = live;
+      whole = ~0u;
+      padded = padded || cursor.additional + params.extension.box > params.extension.additional;
+    }
+    uint32_t classes = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint32_t axes = 7u << kMaxRank * part;
+      const TileClass what = (seen & axes) != axes              ? TileClass::kSkip
+                             : (whole & axes) != axes || padded ? TileClass::kMasked
+                                                                : TileClass::kWhole;
+      classes |= uint32_t(what) << 2 * part;
+    }
+    return classes;
+  }
 
   __device__ __forceinline__ void load_rows() {
-    wait(&smem.row_empty[slot.index], slot.parity);
+    const QueryTile& tile = smem.produced_tile;
+    walk.wait(&smem.row_empty[slot.index], slot.parity);
     if (lane == 0) {
       const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
       uint64_t* full = &smem.row_full[slot.index];
@@ -200,16 +243,14 @@ struct PassProducer {
     slot.advance();
   }
 
-  __device__ __forceinline__ void load_columns(const Cursor& cursor, int head, bool last) {
-    uint32_t classes = last ? ColumnRecord::kLast : 0;
-    for (int part = 0; part < Traits::kParts; ++part) classes |= uint32_t(classify(part, cursor)) << 2 * part;
+  __device__ __forceinline__ void load_columns(const Cursor& cursor, int head, int slab, bool last) {
+    const QueryTile& tile = smem.produced_tile;
+    const uint32_t classes = classify(cursor) | (last ? ColumnRecord::kLast : 0);
     ColumnExtension extension;
     if constexpr (Traits::kExtended) extension = find_extension(cursor, head);
-    const int slab = cursor.in_window() ? params.column_address.slab<kRank>(tile, head)
-                                        : tile.batch * params.extension.per_batch + head;
     const int map = map_variant<kRank>(params, tile);
 
-    wait(&smem.column_empty[stage.index], stage.parity);
+    walk.wait(&smem.column_empty[stage.index], stage.parity);
     if (lane == 0) {
       smem.column_records[stage.index] = {{cursor.begin[0], cursor.begin[1], cursor.begin[2]}, classes};
       if constexpr (Traits::kExtended) smem.column_extensions[stage.index] = extension;
@@ -217,6 +258,7 @@ struct PassProducer {
       if (!cursor.in_window()) {
         x[0] = x[1] = 0;
         x[2] = cursor.additional;
+        slab = tile.batch * params.extension.per_batch + head;
       }
 #pragma unroll 1
       for (int operand = 0; operand < kOperands; ++operand) {
@@ -231,16 +273,11 @@ struct PassProducer {
         }
       }
     }
-  }
-
-  // What a part does with a column tile.
-  __device__ __forceinline__ TileClass classify(int part, const typename Traits::Cursor& cursor) const {
-    if (cursor.in_window()) return smem.parts[part].classify(params.schedule.axes, cursor.begin, params.padded);
-    const bool whole = !params.padded && cursor.additional + params.extension.box <= params.extension.additional;
-    return !smem.parts[part].live ? TileClass::kSkip : whole ? TileClass::kWhole : TileClass::kMasked;
+    stage.advance();
   }
 
   __device__ __forceinline__ ColumnExtension find_extension(const Cursor& cursor, int head) const {
+    const QueryTile& tile = smem.produced_tile;
     const KeyExtension& extension = params.extension;
     const float* entries = nullptr;
     if (cursor.in_window() && extension.bias != nullptr) {
@@ -253,10 +290,36 @@ struct PassProducer {
     const int left = imin(extension.additional - cursor.additional, extension.box);
     return {entries, cursor.in_window() ? -1 : left};
   }
+};
 
+// In the key pass, another warp gathers the start values of the columns (backward_key.cuh).
+template <class Traits>
+struct StartProducer {
+  using Shared = typename Traits::Shared;
+  using Cursor = typename Traits::Cursor;
+  static constexpr int kRank = Traits::kRank;
+
+  const BackwardParams& params;
+  Shared& smem;
+  const int lane;
+  PassWalk<Traits> walk{params, smem.gathered_tile, lane};
+  RingPosition<Traits::kStages> stage{1};  // parity 1 passes on fresh barriers
+
+  __device__ StartProducer(const BackwardParams& params, Shared& smem, int lane)
+      : params(params), smem(smem), lane(lane) {}
+
+  __device__ void run() {
+    int first;  // place of the start value at in-group position (0, 0, 0)
+    const auto begin_head = [&](int head) {
+      first = params.start_address.slab<kRank>(smem.gathered_tile, head * params.positions);
+    };
+    walk.run([] {}, begin_head, [&](const Cursor& cursor, int, bool) { gather(cursor.begin, first); });
+  }
+
+ private:
   // Columns outside the grid start at zero; they are masked.
-  __device__ __forceinline__ void gather_starts(const int (&begin)[kMaxRank], int head) {
-    int first = params.start_address.slab<kRank>(tile, head * params.positions);
+  __device__ __forceinline__ void gather(const int (&begin)[kMaxRank], int first) {
+    const QueryTile& tile = smem.gathered_tile;
     int left[kMaxRank];  // columns inside the grid
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
@@ -264,7 +327,7 @@ struct PassProducer {
       left[a] = (Traits::kExtended ? imin(tile.length[a], params.most_columns) : tile.length[a]) - x;
       first += x * params.position_step[a];
     }
-    wait(&smem.column_empty[stage.index], stage.parity);
+    walk.wait(&smem.column_empty[stage.index], stage.parity);
 #pragma unroll 1
     for (int column = lane; column < Traits::kColumns; column += 32) {
       const auto [x, positions] = smem.places[column];
@@ -277,6 +340,7 @@ struct PassProducer {
       }
     }
     ptx::copy_async_arrive(&smem.column_full[stage.index][kScores]);
+    stage.advance();
   }
 };
 
@@ -336,9 +400,10 @@ struct MaskProducer {
     }
   }
 
+  // The words of all quad lanes.
   __device__ __forceinline__ uint4 find_mask(int part, const int (&begin)[kMaxRank]) const {
     uint4 mask = make_uint4(~0u, ~0u, ~0u, ~0u);
-#pragma unroll
+#pragma unroll 1
     for (int a = 0; a < kRank; ++a) {
       const int axis = kMaxRank - kRank + a;
       const Interval w = smem.windows[part][row][a];
@@ -351,7 +416,6 @@ struct MaskProducer {
     return mask;
   }
 
-  // The words of all quad lanes.
   __device__ __forceinline__ uint4 table_row(int axis, int coordinate) const {
     const int c = imin(imax(coordinate, 0), params.mask_layout.tile[axis]);
     return reinterpret_cast<const uint4*>(smem.mask_table)[params.mask_layout.first[axis] + c];

@@ -162,7 +162,7 @@ class Search {
       propose(plan, model_.warp(plan, counts_.count(plan, false), list, blocks).seconds);
     };
     attempt(whole);
-    if (shape_.neighborhood.rank == 1) return;
+    if (first_axis_ != warp_outer_axis(shape_)) return;
     for (const int list : kWarpLists) {
       const int slice = std::min(list / inner, whole);
       attempt(slice);

@@ -150,8 +150,9 @@ void find_warp_list(const FusedShape& shape, const Plan& plan, int (&list)[kMaxR
   }
 }
 
-// The first axis along which boxes may not be slices. The only one of a problem of one axis is such a one.
-int inner_axis(const FusedShape& shape) { return kMaxRank - std::max(shape.neighborhood.rank, 2) + 1; }
+int warp_outer_axis(const FusedShape& shape) {
+  return kMaxRank - (is_extended(shape) ? kMaxRank : std::max(shape.neighborhood.rank, 2));
+}
 
 bool box_is_whole(const FusedShape& shape, const Plan& plan, int a) {
   return plan.key_tile[a] >= most_keys_of_queries(shape.neighborhood.axes[a], plan.query_tile[a]);
@@ -217,7 +218,7 @@ const char* why_not_warp(const FusedShape& shape, const Plan& plan) {
   }
   if (plan.heads > 1 && compiled != kWarpPairList) return "boxes of two heads take lists of up to 56 keys";
   if (plan.heads > 1 && is_extended(shape)) return "boxes of two heads take no additional keys and no bias";
-  for (int a = inner_axis(shape); a < kMaxRank; ++a) {
+  for (int a = warp_outer_axis(shape) + 1; a < kMaxRank; ++a) {
     if (!box_is_whole(shape, plan, a)) return "boxes must hold all keys that a query tile sees along the inner axes";
   }
   if (make_warp_layout(shape, plan).bytes > kSharedBytes) return "boxes do not fit into shared memory";

@@ -22,7 +22,7 @@ cudaError_t launch_warp(const FusedForwardParams& problem, const Plan& plan, cud
   params.mask_layout = KeyMaskLayout(list[0], list[1], list[2]);
   fill_key_mask(params.mask_layout, params.mask_table);
   const WarpCase which = warp_case(problem, plan);
-  const int rank = std::max(problem.neighborhood.rank, 2), outer = kMaxRank - rank;  // as compiled
+  const int outer = warp_outer_axis(problem), rank = kMaxRank - outer;
   if (which == WarpCase::kSliced || which == WarpCase::kSingle) {
     for (int a = which == WarpCase::kSliced ? outer + 1 : 0; a < kMaxRank; ++a) {
       fill_whole_windows(params.mask_layout, params.mask_table, a, problem.neighborhood.axes[a].window);

@@ -46,6 +46,10 @@ constexpr int warp_compiled_dim(int dim) { return dim <= 32 ? 32 : 64; }
 // What a warp gathers from a box: all that one part can see on an axis, or the whole box.
 void find_warp_list(const FusedShape& shape, const Plan& plan, int (&list)[kMaxRank]);
 
+// The axis along which boxes may be slices: the outermost of those that the problem's kernel is compiled for, which may
+// be one that the problem lacks.
+int warp_outer_axis(const FusedShape& shape);
+
 // The case to compile a plan for.
 WarpCase warp_case(const FusedShape& shape, const Plan& plan);
 
