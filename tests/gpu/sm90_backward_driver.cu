@@ -155,8 +155,10 @@ class Arrays {
     for (size_t i = begin; i < end; ++i) {
       const Gradient& g = gradients[i];
       if (g.rows == 0) continue;
-      // Gradients that cancel out are not asked to be exact.
-      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * double(g.samples) * g.dim));
+      // Gradients that cancel out are not asked to be exact. That of the bias sums products of rows over queries.
+      const double terms =
+          g.wide ? double(params.batch / params.bias_batch * params.neighborhood.positions()) * params.dim : 1;
+      const double error = std::sqrt(s[2 * i] / std::max(s[2 * i + 1], 1e-6 * terms * double(g.samples) * g.dim));
       good = good && error < (params.dtype == DType::kFloat16 ? 2e-3 : 1e-2);
       std::printf(" %s %.1e", g.name, error);
     }
