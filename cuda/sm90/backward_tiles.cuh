@@ -340,8 +340,8 @@ struct PassConsumer {
     released = -1;
   }
 
-  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist get
-  // that of the part's last, so that what they read of the bias exists.
+  // Puts the windows of the warp's rows into shared memory: lanes of a quad take an axis each. Rows that do not exist
+  // get that of the part's last, so that what they read of the bias exists.
   __device__ __forceinline__ void find_windows(const QueryTile& tile) {
     const int axis = kMaxRank - kRank + lane % 4;
     int offset[2] = {0, 0};
