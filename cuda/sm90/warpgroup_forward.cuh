@@ -174,7 +174,8 @@ struct WarpgroupConsumer {
     if (Traits::kGroups > 1) query_part_offset(axes, group, part_offset);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int n = row_in_part(i), inner = axes[2].query_part, middle = axes[1].query_part;
+      const int inner = axes[2].query_part, middle = axes[1].query_part, rows = axes[0].query_part * middle * inner;
+      const int n = imin(row_in_part(i), rows - 1);  // rows that do not exist are the last: what those see exists
       row[i] = n / (inner * middle) | n / inner % middle << 8 | n % inner << 16;
     }
   }

@@ -35,9 +35,9 @@ void fill_normal(DType dtype, void* data, int64_t count, std::mt19937& random, d
   for (int64_t i = 0; i < count; ++i) from_double(dtype, factor * normal(random), data, i);
 }
 
-// Error as a fraction of the tensor's length, but of no less than a thousandth of that of ordinary values: gradients
-// that cancel out are not asked to be exact.
-double error_of(const std::vector<double>& reference, DType dtype, const void* data) {
+// Error as a fraction of the tensor's length, but of no less than a thousandth of that of values of ordinary size:
+// gradients that cancel out are not asked to be exact.
+double error_of(const std::vector<double>& reference, DType dtype, const void* data, double ordinary = 1) {
   double squares = 0, reference_squares = 0;
   for (size_t i = 0; i < reference.size(); ++i) {
     const double d = to_double(dtype, data, int64_t(i)) - reference[i];
@@ -45,7 +45,7 @@ double error_of(const std::vector<double>& reference, DType dtype, const void* d
     squares += d * d;
     reference_squares += reference[i] * reference[i];
   }
-  return std::sqrt(squares / std::max(reference_squares, 1e-6 * double(reference.size())));
+  return std::sqrt(squares / std::max(reference_squares, 1e-6 * ordinary * ordinary * double(reference.size())));
 }
 
 // Whether the kernels of the gradient of the bias, which are those of sm80, are linked for a head dimension.
@@ -148,7 +148,9 @@ bool check(const Problem& problem, const sm90::BackwardPlan& plan, unsigned seed
     errors.push_back({"dav", error_of(reference.d_additional_values, shape.dtype, params.d_additional_values)});
   }
   if (shape.has_bias() && bias_is_linked(shape)) {
-    errors.push_back({"db", error_of(reference.d_bias, DType::kFloat32, params.d_bias)});
+    // A sum over queries of products of rows.
+    const double terms = double(shape.batch / shape.bias_batch * shape.neighborhood.positions()) * shape.dim;
+    errors.push_back({"db", error_of(reference.d_bias, DType::kFloat32, params.d_bias, std::sqrt(terms))});
   }
   bool intact = true, good = true;
   for (const auto& array : outputs) intact = intact && array->intact();

@@ -4,6 +4,7 @@
 //   sm90_driver --correctness [N [SEED]]   the hard problems, then N random ones, with random tile shapes
 //   sm90_driver --random [N [SEED]]        the random ones alone, e.g. under compute-sanitizer
 //   sm90_driver --bench [NAME..]           the benchmark table: known plans, and beside them the chooser's first three
+//   sm90_driver --fit N [NAME..]           the N best plans of each structure, with what the cost model is fitted to
 //   sm90_driver --plan NAME PLAN..         one problem under some plans, their timings interleaved
 // PLAN: see plans.h
 #include <cuda_runtime.h>
@@ -153,8 +154,9 @@ double useful_flops(const FusedShape& shape) {
 
 void launch(const Arrays& arrays, const Plan& plan) { CHECK_CUDA(sm90::launch(arrays.params, plan, nullptr)); }
 
-// Times plans in turns, so that clocks and temperature treat them alike, and prints the median of the rounds.
-void bench(Arrays& arrays, const std::string& name, std::vector<Plan> plans) {
+// Milliseconds of each plan: those of several rounds, ascending. Plans are timed in turns, so that clocks and
+// temperature treat them alike.
+std::vector<std::vector<float>> time_plans(const Arrays& arrays, const std::vector<Plan>& plans) {
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));
@@ -167,12 +169,6 @@ void bench(Arrays& arrays, const std::string& name, std::vector<Plan> plans) {
     CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
     return ms / launches;
   };
-  const auto refused = [&](const Plan& plan) {
-    const char* reason = sm90::why_not(arrays.params, plan);
-    if (reason != nullptr) std::printf("%-20s %s: %s\n", name.c_str(), to_string(plan).c_str(), reason);
-    return reason != nullptr;
-  };
-  plans.erase(std::remove_if(plans.begin(), plans.end(), refused), plans.end());
   constexpr int kRounds = 7;
   std::vector<std::vector<float>> times(plans.size());
   for (int round = 0; round < kRounds; ++round) {
@@ -181,19 +177,31 @@ void bench(Arrays& arrays, const std::string& name, std::vector<Plan> plans) {
       times[i].push_back(milliseconds(plans[i], std::max(2, std::min(50, int(15 / one)))));
     }
   }
+  for (std::vector<float>& of_plan : times) std::sort(of_plan.begin(), of_plan.end());
+  CHECK_CUDA(cudaEventDestroy(begin));
+  CHECK_CUDA(cudaEventDestroy(end));
+  return times;
+}
+
+// Prints the times of plans, and whether they compute what they should.
+void bench(Arrays& arrays, const std::string& name, std::vector<Plan> plans) {
+  const auto refused = [&](const Plan& plan) {
+    const char* reason = sm90::why_not(arrays.params, plan);
+    if (reason != nullptr) std::printf("%-20s %s: %s\n", name.c_str(), to_string(plan).c_str(), reason);
+    return reason != nullptr;
+  };
+  plans.erase(std::remove_if(plans.begin(), plans.end(), refused), plans.end());
+  const std::vector<std::vector<float>> times = time_plans(arrays, plans);
   const double flops = useful_flops(arrays.params);
   for (size_t i = 0; i < plans.size(); ++i) {
-    std::sort(times[i].begin(), times[i].end());
-    const float median = times[i][kRounds / 2];
+    const float best = times[i][0], median = times[i][times[i].size() / 2];
     std::printf("%-20s %-44s median %8.4f ms %6.1f TFLOP/s  best %8.4f ms %6.1f", name.c_str(),
-                to_string(plans[i]).c_str(), median, flops / median * 1e-9, times[i][0], flops / times[i][0] * 1e-9);
+                to_string(plans[i]).c_str(), median, flops / median * 1e-9, best, flops / best * 1e-9);
     arrays.clear();
     launch(arrays, plans[i]);
     arrays.check([&] { launch(arrays, plans[i]); });
     std::printf("\n");
   }
-  CHECK_CUDA(cudaEventDestroy(begin));
-  CHECK_CUDA(cudaEventDestroy(end));
 }
 
 // Plans of the benchmark problems, found by measurement.
@@ -239,6 +247,26 @@ void run_bench(const std::vector<std::string>& names) {
       if (to_string(chosen.plan) != to_string(plans[0])) plans.push_back(chosen.plan);
     }
     bench(arrays, problem.name, plans);
+  }
+}
+
+// Times the best plans of each structure, and prints with their times what the cost model (cost.cc) counts.
+void run_fit(int count, const std::vector<std::string>& names) {
+  for (const Problem& problem : bench_problems()) {
+    if (!names.empty() && std::find(names.begin(), names.end(), problem.name) == names.end()) continue;
+    Arrays arrays(problem.shape);
+    int left[3] = {count, count, count};
+    std::vector<Plan> plans;
+    for (const sm90::Candidate& candidate : sm90::rank_plans(problem.shape, sm90::kProcessors, 600)) {
+      if (left[int(candidate.plan.structure)]-- > 0) plans.push_back(candidate.plan);
+    }
+    const std::vector<std::vector<float>> times = time_plans(arrays, plans);
+    for (size_t i = 0; i < plans.size(); ++i) {
+      const sm90::Prediction p = sm90::predict(problem.shape, plans[i], sm90::kProcessors);
+      std::printf("fit,%s,%d,%s,%.5f,%.5f,%.0f,%.0f,%.0f,%.0f,%.0f\n", problem.name.c_str(), problem.shape.dim,
+                  to_string(plans[i]).c_str(), times[i][times[i].size() / 2], 1e3 * p.seconds, p.tiles.query_tiles,
+                  p.tiles.parts, p.tiles.visited, p.tiles.computed, p.tiles.masked);
+    }
   }
 }
 
@@ -300,6 +328,10 @@ int main(int argc, char** argv) {
   }
   if (mode == "--bench") {
     run_bench({argv + 2, argv + argc});
+    return 0;
+  }
+  if (mode == "--fit" && argc >= 3) {
+    run_fit(std::atoi(argv[2]), {argv + 3, argv + argc});
     return 0;
   }
   if (mode == "--plan" && argc >= 4) {
