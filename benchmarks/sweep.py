@@ -294,7 +294,7 @@ def guess_calls(case: Case, implementation: str) -> int:
 
 
 def run_chain(direction: str, attention, calls: int, query, key, value, d_out=None):
-    """What to call the chain with next, in the place of the query."""
+    """Calls in a row. Takes and returns arrays."""
     step, query = (gpu.forward_chain if direction == "forward" else training_chain)(attention)(query, key, value, d_out)
     for _ in range(calls):
         query = step(query)
@@ -351,20 +351,23 @@ def time_case(case: Case, programs: Programs, arrays, columns: list[str], repeat
 
 
 class Runs:
-    """A compiled chain, run several times in a row, each run fed by the one before."""
+    """A compiled chain, run several times in a row without waiting in between.
+
+    Results are dropped before the next run, which so finds its buffers where they were: XLA runs programs as CUDA
+    graphs, and would have to update them.
+    """
 
     def __init__(self, chain, arrays, calls: int):
-        self._chain = chain
-        self._query, *self._rest = arrays
-        self.calls = calls
+        self._chain, self._arrays, self.calls = chain, arrays, calls
         (seconds,) = report.interleaved({"": functools.partial(self, 1)}, 1).values()
         self.more = min(max(round(LONGER / seconds), 1), MOST_RUNS)  # runs of the longer measurement
 
     def __call__(self, runs: int) -> None:
-        query = self._query
+        result = None
         for _ in range(runs):
-            query = self._chain(query, *self._rest)
-        jax.block_until_ready(query)
+            del result
+            result = self._chain(*self._arrays)
+        jax.block_until_ready(result)
 
 
 def _row(case: Case, cells: dict, errors: dict, columns: list[str]) -> dict:
