@@ -37,7 +37,10 @@ def test_every_cell_of_the_table(benchmark, tmp_path, capsys):
         (dtype, direction, "") for direction in ("forward", "forward+backward") for dtype in ("float32", "float16")
     ]
     for row in rows:
-        assert float(row["fused cpu speed-up"]) > 0 and 0 < float(row["fused cpu error"]) < 1e-2
+        for column in ("unfused cpu", "fused cpu"):
+            assert 0 < float(row[f"{column} error"]) < 1e-2
+            # On a busy machine one chain may take longer than two.
+            assert row[f"{column} ms"] == "too short" or float(row[f"{column} ms"]) > 0
         assert row["fused sm80 ms"] == "-"  # not on this platform
     printed = capsys.readouterr().out
     assert "average %" in printed and f"Wrote 4 rows to {path}" in printed
