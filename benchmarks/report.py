@@ -209,7 +209,7 @@ def _driver() -> str:
 def publish(rows: list[dict], path: Path) -> None:
     """Prints rows as a table and writes them, with the machine, as CSV."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, *([_text(row.get(c, "-")) for c in columns] for row in rows)]
+    cells = [columns, *([text(row.get(c, "-")) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     facts = machine()
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
@@ -219,8 +219,8 @@ def publish(rows: list[dict], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *facts])
         writer.writeheader()
-        writer.writerows([{c: _text(row.get(c, "-")) for c in columns} | facts for row in rows])
+        writer.writerows([{c: text(row.get(c, "-")) for c in columns} | facts for row in rows])
 
 
-def _text(value) -> str:
+def text(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

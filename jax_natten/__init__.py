@@ -1,5 +1,6 @@
 """Neighborhood attention for JAX: each token of a 1-D, 2-D or 3-D grid attends to its nearest neighbors."""
 
+from jax_natten import tuning
 from jax_natten.attention import merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from jax_natten.cost import bytes_accessed, flops
 from jax_natten.native import EXPORT_DISABLED_CHECKS
@@ -37,4 +38,5 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_av",
     "neighborhood_qk",
+    "tuning",
 ]

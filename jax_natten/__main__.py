@@ -1,4 +1,4 @@
-"""``python -m jax_natten``: what was built and runs where (info), tiles and their expected speed, measured speed."""
+"""``python -m jax_natten``: what was built and runs where (info), tiles and their expected speed, measuring, tuning."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import jaxlib
 
 import jax_natten
-from jax_natten import dispatch, native
-from jax_natten.commands import add_problem_arguments, align
-from jax_natten.commands import profile as run_profile
-from jax_natten.commands import simulate as run_simulate
+from jax_natten import commands, dispatch, native, tuned_tiles
+from jax_natten.commands import align
 
 _DERIVATIVES = 'Tangents (jax.jvp) and derivatives of derivatives of fused attention run on "xla" everywhere.'
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -34,23 +32,30 @@ _COLUMNS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_natten", description=jax_natten.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, what was built, and which implementation runs where")
-    simulate = commands.add_parser(
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("info", help="versions, devices, what was built, and which implementation runs where")
+    simulate = subparsers.add_parser(
         "simulate", help="tiles of the Hopper kernels and their expected speed; no GPU needed"
     )
-    profile = commands.add_parser("profile", help="time and speed of a problem on the GPU at hand")
+    profile = subparsers.add_parser("profile", help="time and speed of a problem on the GPU at hand")
+    tune = subparsers.add_parser("tune", help="measure tiles of the Hopper kernels on the GPU at hand, store the best")
+    for command in (simulate, profile, tune):
+        commands.add_problem_arguments(command)
     for command in (simulate, profile):
-        add_problem_arguments(command)
+        commands.add_tile_arguments(command)
     simulate.add_argument("--count", type=int, default=5, help="how many choices of tiles to show")
     simulate.add_argument("--processors", type=int, help="multiprocessors of the GPU, by default those of an H100")
     profile.add_argument("--implementation", help="as the argument of the functions; several with commas between them")
+    tune.add_argument("--count", type=int, default=16, help="how many tiles to time, the best ones of the cost model")
+    tune.add_argument("--again", action="store_true", help="measure also if the best tiles are stored already")
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":
         print(info())
         return 0
     try:
-        return {"simulate": run_simulate, "profile": run_profile}[parsed.command](parsed)
+        return {"simulate": commands.simulate, "profile": commands.profile, "tune": commands.tune}[parsed.command](
+            parsed
+        )
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         print(f"{parser.prog} {parsed.command}: {error}", file=sys.stderr)
         return 2
@@ -65,6 +70,7 @@ def info() -> str:
         ("devices", _devices()),
         ("CPU library", _library("cpu")),
         ("CUDA library", _library("cuda")),
+        ("tuned tiles", _tuned_tiles()),
     ]
     table = [("platform", "dtype", *_COLUMNS)]
     for name in _PLATFORMS:
@@ -91,6 +97,12 @@ def _library(name: str) -> str:
     if name == "cuda":
         return f"built with nvcc {build.cuda_compiler} for {build.cuda_archs}, XLA FFI {build.xla_ffi}"
     return f"built with {build.cxx_compiler}, XLA FFI {build.xla_ffi}"
+
+
+def _tuned_tiles() -> str:
+    count = len(list(tuned_tiles.directory().glob("tiles/*.json")))
+    gpu = tuned_tiles.in_use()
+    return f"{count} in {tuned_tiles.directory()}, {'not used' if gpu is None else f'those for {gpu} are used'}"
 
 
 def _implementations(platform_name: str, dtype, operations: Iterable[str]) -> str:

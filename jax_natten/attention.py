@@ -71,8 +71,9 @@ def neighborhood_attention(
         are exact whatever is asked. "xla" hands it to XLA, for 16-bit inputs as well, which it multiplies as float32.
         None follows ``jax.default_matmul_precision`` at trace time; where that is not set either, it is "highest", on
         GPUs and TPUs too, unlike in ``jax.numpy``.
-      tiles: how "sm90" cuts the forward into pieces, instead of its own choice (see ``python -m jax_natten simulate``).
-        The result is the same up to rounding. Other implementations, and derivatives, do as they like.
+      tiles: how "sm90" cuts the forward into pieces, instead of its own choice (see ``python -m jax_natten simulate``)
+        or of what was measured (:mod:`jax_natten.tuning`, if enabled). The result is the same up to rounding. Other
+        implementations, and derivatives, do as they like.
 
     Returns:
       ``out`` ``[*batch, *X, Hq, Dv]`` in the dtype of ``query``; with ``return_lse`` also the natural logarithm of the

@@ -1,4 +1,4 @@
-"""The commands ``simulate`` and ``profile`` of ``python -m jax_natten``."""
+"""The commands ``simulate``, ``profile`` and ``tune`` of ``python -m jax_natten``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_natten
-from jax_natten import dispatch, tiles
+from jax_natten import dispatch, tiles, tuned_tiles, tuning
 from jax_natten.neighborhood import Neighborhood
 
 CALLS = 20  # in a chain that is timed
@@ -32,6 +32,10 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-heads", type=int, help="by default as many as --heads")
     parser.add_argument("--dim", type=int, default=128, help="head dimension")
     parser.add_argument("--dtype", default="bfloat16")
+
+
+def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which kernel, and its tiles."""
     parser.add_argument("--backward", action="store_true", help="the backward, instead of the forward")
     parser.add_argument(
         "--tiles",
@@ -42,7 +46,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
 
 def simulate(arguments: argparse.Namespace) -> int:
     """Prints what the cost model of the Hopper kernels expects."""
-    problem, asked = _problem(arguments)
+    problem, asked = _problem(arguments), _tiles(arguments)
     if arguments.backward:
         return _simulate_backward(problem, asked, arguments)
     found = tiles.simulate(problem, asked, processors=arguments.processors, count=arguments.count)
@@ -102,7 +106,7 @@ def _table(found: list[tuple[str, tiles.Simulation]]) -> list[str]:
 
 def profile(arguments: argparse.Namespace) -> int:
     """Runs a problem on the GPU at hand and prints what it reaches."""
-    problem, asked = _problem(arguments)
+    problem, asked = _problem(arguments), _tiles(arguments)
     if arguments.backward:
         problem = _backward_of(problem, asked)
     gpus = [device for device in jax.devices() if device.platform == "gpu"]
@@ -137,6 +141,26 @@ def profile(arguments: argparse.Namespace) -> int:
         ]
     print(_describe(problem))
     print("\n".join(align(rows)))
+    return 0
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Finds the fastest tiles of a problem on the GPU at hand, stores them and prints what was measured."""
+    problem = _problem(arguments)
+    found = tuning.tune_problem(problem, count=arguments.count, again=arguments.again)
+    rows = [("", "tiles", "time", "the model expects")]
+    for each in found.measured:
+        best = "best" if each.tiles == found.tiles else ""
+        rows.append((best, spell(each.tiles), f"{1e3 * each.seconds:.4g} ms", f"{1e3 * each.expected:.4g} ms"))
+    print(_describe(problem))
+    if found.measured:
+        print("\n".join(align(rows)))
+        (best_seconds,) = (each.seconds for each in found.measured if each.tiles == found.tiles)
+        gain = found.measured[0].seconds / best_seconds - 1
+        print(f"\n{gain:.1%} faster than the model's choice, which is the first one. Stored in {found.path}.")
+    else:
+        print(f"{spell(found.tiles)} is stored in {found.path}; --again measures anew.")
+    print(f"Programs use it after jax_natten.tuning.enable(), or with {tuned_tiles.ENABLED_VARIABLE}=1.")
     return 0
 
 
@@ -212,7 +236,11 @@ def _seconds_per_call(chain, *arguments) -> float:
     return min(times[1:]) / CALLS
 
 
-def _problem(arguments: argparse.Namespace) -> tuple[dispatch.Problem, tiles.Tiles | None]:
+def _tiles(arguments: argparse.Namespace) -> tiles.Tiles | None:
+    return None if arguments.tiles is None else parse_tiles(arguments.tiles)
+
+
+def _problem(arguments: argparse.Namespace) -> dispatch.Problem:
     rank = int(arguments.rank[0])
 
     def along(name: str) -> tuple:
@@ -227,7 +255,7 @@ def _problem(arguments: argparse.Namespace) -> tuple[dispatch.Problem, tiles.Til
     kv_heads = arguments.heads if arguments.kv_heads is None else arguments.kv_heads
     if min(arguments.batch, arguments.heads, kv_heads, arguments.dim) < 1 or arguments.heads % kv_heads:
         raise ValueError("batch, heads, kv-heads and dim must be positive, and kv-heads divide heads")
-    problem = dispatch.Problem(
+    return dispatch.Problem(
         "fused_forward",
         window,
         jnp.dtype(arguments.dtype),
@@ -240,7 +268,6 @@ def _problem(arguments: argparse.Namespace) -> tuple[dispatch.Problem, tiles.Til
         arguments.batch,
         grid,
     )
-    return problem, None if arguments.tiles is None else parse_tiles(arguments.tiles)
 
 
 def parse_tiles(text: str) -> tiles.Tiles:

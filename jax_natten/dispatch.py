@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jax_natten import native, tiles
+from jax_natten import native, tiles, tuned_tiles
 from jax_natten.neighborhood import Neighborhood
 
 # Every name of the interface.
@@ -118,8 +118,15 @@ def check_tiles(problem: Problem, requested: tuple[str, ...] | None, asked: tile
 
 
 def tile_attribute(problem: Problem, names: Sequence[str], asked: tiles.Tiles | None) -> dict[str, np.ndarray]:
-    """The custom-call attribute that asks for tiles: where they are asked for and an implementation takes them."""
-    if asked is None or problem.operation != "fused_forward" or not set(_TAKES_TILES) & set(names):
+    """The custom-call attribute that asks for tiles, where an implementation takes them.
+
+    They are those that the caller asks for, or else those of :mod:`jax_natten.tuned_tiles`, if their use is enabled.
+    """
+    if problem.operation != "fused_forward" or not set(_TAKES_TILES) & set(names):
+        return {}
+    if asked is None:
+        asked = tuned_tiles.lookup(problem)
+    if asked is None:
         return {}
     check_tiles(problem, tuple(names), asked)  # again, for the shapes of one device
     return {"tiles": np.asarray(asked.fields(), np.int64)}

@@ -48,6 +48,10 @@ KernelInstance find_kernel(const FusedShape& shape, Precision precision, int row
   }
 }
 
+// A program that may run on several GPUs can hold the tiles of another implementation, which are as many numbers as
+// that one wants.
+bool asks_for_tiles(const FusedForwardParams& problem) { return problem.tile_fields == kPlanFields; }
+
 }  // namespace
 
 const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan) {
@@ -84,7 +88,7 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
 
 const char* why_not_forward(const FusedForwardParams& problem) {
   if (const char* reason = why_not_fused(problem)) return reason;
-  if (problem.tile_fields == 0) return nullptr;
+  if (!asks_for_tiles(problem)) return nullptr;
   Plan plan;
   if (const char* reason = decode_plan(problem.tiles, problem.tile_fields, plan)) return reason;
   return why_not_forward_plan(problem, plan);
@@ -94,7 +98,7 @@ cudaError_t fused_forward(const FusedForwardParams& problem, Precision precision
   if (problem.batch * problem.neighborhood.positions() * problem.heads == 0) return cudaSuccess;
   if (why_not_forward(problem) != nullptr) return cudaErrorInvalidValue;
   Plan plan;
-  if (problem.tile_fields == 0) {
+  if (!asks_for_tiles(problem)) {
     plan = plan_forward(problem);
   } else {
     decode_plan(problem.tiles, problem.tile_fields, plan);

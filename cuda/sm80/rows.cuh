@@ -14,21 +14,36 @@ __device__ __forceinline__ char* first_row(const RowArray& array, int64_t batch,
   return static_cast<char*>(array.data) + batch * array.batch_step + int64_t(head) * array.bytes;
 }
 
-// Copies 16 bytes, of which only the first `bytes` exist, in the pieces that the array's alignment allows.
+// Copies 16 bytes, of which only the first `bytes` exist, two by two. A call: only rows of an odd number of 16-bit
+// channels need it, and it takes the compiler long wherever it is inlined.
+inline __device__ __noinline__ void copy_pairs_of_bytes(uint32_t destination, const char* source, int bytes) {
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (2 * i < bytes) words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(source + 2 * i)) << i % 2 * 16;
+  }
+  ptx::store_vector(destination, make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+// The same in pieces of `unit` bytes: 2, 4 or 8, what the alignment of an array allows.
+__device__ __forceinline__ void copy_pieces(uint32_t destination, const char* source, int bytes, int unit) {
+  if (unit < 4) return copy_pairs_of_bytes(destination, source, bytes);
+#pragma unroll 1
+  for (int i = 0; i < 16; i += unit) {
+    if (unit == 8) {
+      ptx::copy_async<8>(destination + i, source + i, i < bytes);
+    } else {
+      ptx::copy_async<4>(destination + i, source + i, i < bytes);
+    }
+  }
+}
+
+// The same for any alignment.
 __device__ __forceinline__ void copy_chunk(uint32_t destination, const char* source, int bytes, int unit) {
   if (unit == 16) {
     ptx::copy_async<16>(destination, source, bytes > 0);
-  } else if (unit == 8) {
-    for (int i = 0; i < 16; i += 8) ptx::copy_async<8>(destination + i, source + i, i < bytes);
-  } else if (unit == 4) {
-    for (int i = 0; i < 16; i += 4) ptx::copy_async<4>(destination + i, source + i, i < bytes);
   } else {
-    uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (2 * i < bytes) words[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(source + 2 * i)) << i % 2 * 16;
-    }
-    ptx::store_vector(destination, make_uint4(words[0], words[1], words[2], words[3]));
+    copy_pieces(destination, source, bytes, unit);
   }
 }
 
@@ -63,8 +78,8 @@ __device__ __forceinline__ void copy_rows(uint32_t destination, const RowArray& 
 #pragma unroll 1
       for (int panel = 0; panel < Tile::kPanels; ++panel) {
         const int existing = position < 0 ? 0 : bytes - panel * Tile::kPanelBytes;
-        copy_chunk(destination + Tile::place(row, chunk) + panel * Tile::kRows * Tile::kPanelBytes,
-                   source + panel * Tile::kPanelBytes, existing, array.copy_bytes);
+        copy_pieces(destination + Tile::place(row, chunk) + panel * Tile::kRows * Tile::kPanelBytes,
+                    source + panel * Tile::kPanelBytes, existing, array.copy_bytes);
       }
     }
   }

@@ -68,12 +68,13 @@ std::vector<void*> buffers_of(std::vector<Guarded>& guarded) {
   return buffers;
 }
 
+std::mutex one_device;  // of all calls: XLA runs independent ones at the same time
+
 template <int index>
 XLA_FFI_Error* call(XLA_FFI_CallFrame* frame) {
   const auto handler = cuda::handlers()[index].call;
   // XLA also asks for metadata, without buffers.
   if (frame->extension_start != nullptr || frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return handler(frame);
-  static std::mutex one_device;
   const std::lock_guard<std::mutex> lock(one_device);
   std::vector<Guarded> operands = guard(frame->args.args, frame->args.size, false);
   std::vector<Guarded> results = guard(frame->rets.rets, frame->rets.size, true);

@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 from cases import EDGE_CASES, HARD_CASES
-from checks import Case, check_fused, check_unfused, draw, expected_unfused, jitted_fused, jitted_unfused
+from checks import Case, check_fused, check_unfused, draw, expected_unfused, generator, jitted_fused, jitted_unfused
 from problems import problem
 
 import jax_natten
+from jax_natten import native
 
 pytestmark = pytest.mark.gpu
 
@@ -91,3 +92,19 @@ def test_limits_are_named():
     x = np.zeros((1, 8, 1, 257), np.float32)
     with pytest.raises(NotImplementedError, match="'sm80' takes head dimensions up to 256"):
         jax_natten.na1d(x, x, x, 3, implementation="sm80")
+
+
+def test_tiles_of_another_implementation_are_left_to_it():
+    """On a GPU that is no Hopper, or an emulated one, as here: there "sm80" runs what "sm90" has tiles for."""
+    emulator = native.cuda if hasattr(native.cuda, "is_emulated") else None
+    asked = jax_natten.Tiles("wide", (16, 8), (8, 8), (16, 8))
+    x = np.asarray(generator("tiles").standard_normal((3, 1, 20, 12, 2, 32)), np.float16)
+    if emulator:
+        emulator.configure(seed=7, major=8, minor=6)
+    try:
+        out = jax_natten.na2d(*x, (7, 5), implementation=("sm90", "sm80"), tiles=asked)
+    finally:
+        if emulator:
+            emulator.configure(seed=7)
+    expected = jax_natten.na2d(*x, (7, 5), implementation="sm80")
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=5e-3, atol=5e-3)
