@@ -7,8 +7,7 @@
 namespace jax_natten::sm90 {
 namespace {
 
-// Fitted to times on an H100: of these kernels for head dimension 128 and large windows on two and three axes, else of
-// their prototype (on an H200, times 1.1 as the others are). Head dimensions 96, 192 and 256 are estimates.
+// Fitted to times on an H100: of these kernels. Head dimensions 96, 192 and 256 are estimates.
 constexpr double kMicrosecond = 1e-6;
 
 struct PassCost {
@@ -24,24 +23,24 @@ struct PassCost {
 constexpr PassCost large_pass_cost(Walk pass, int dim) {
   if (pass == kQueryPass) {
     return dim == 32    ? PassCost(1.25, 0.14, 2.5)
-           : dim == 64  ? PassCost(1.45, 0.14, 2.5)
+           : dim == 64  ? PassCost(1.36, 0.14, 2.5)
            : dim == 96  ? PassCost(2.10, 0.14, 2.0)
            : dim == 128 ? PassCost(2.40, 0.14, 2.0)
            : dim == 192 ? PassCost(2.65, 0.10, 2.5)
                         : PassCost(2.00, 0.04, 3.0);
   }
   return dim == 32    ? PassCost(1.60, 0.12, 2.5)
-         : dim == 64  ? PassCost(1.88, 0.12, 2.5)
-         : dim == 96  ? PassCost(1.65, 0.10, 2.0)
-         : dim == 128 ? PassCost(1.88, 0.10, 2.0)
+         : dim == 64  ? PassCost(1.69, 0.12, 2.5)
+         : dim == 96  ? PassCost(1.45, 0.06, 2.0)
+         : dim == 128 ? PassCost(1.63, 0.06, 2.0)
          : dim == 192 ? PassCost(2.20, 0.10, 2.5)
                       : PassCost(2.90, 0.10, 3.0);
 }
 
 // For small ones: of one of the CTAs that share a multiprocessor, over their number.
 constexpr PassCost small_pass_cost(Walk pass, int dim) {
-  if (pass == kQueryPass) return dim == 32 ? PassCost(0.37, 0.08, 0.70) : PassCost(0.44, 0.08, 0.85);
-  return dim == 32 ? PassCost(0.41, 0.08, 0.78) : PassCost(0.58, 0.08, 1.05);
+  if (pass == kQueryPass) return dim == 32 ? PassCost(0.31, 0.08, 0.60) : PassCost(0.41, 0.08, 0.80);
+  return dim == 32 ? PassCost(0.38, 0.06, 0.72) : PassCost(0.55, 0.06, 1.00);
 }
 
 // Of a column tile that only one of two parts computes, beyond the half of PassCost::tile: nothing overlaps its

@@ -179,9 +179,18 @@ class Search {
 
   void propose(const Plan& plan, double seconds) {
     if (!best_.takes(seconds)) return;
-    const double score = seconds * (preference(plan, shape_.neighborhood.rank) + 5e-2 * (plan.heads - 1));
+    const double score = seconds * (preference(plan, shape_.neighborhood.rank) + dislike(plan));
     if (!best_.takes(score) || why_not(shape_, plan) != nullptr) return;
     best_.add({plan, seconds, score});
+  }
+
+  // What the model does not count: boxes of two heads, and slices that are not contiguous.
+  double dislike(const Plan& plan) {
+    double dislike = 5e-2 * (plan.heads - 1);
+    for (int a = first_axis_ + 1; plan.structure == Structure::kMiddle && a < kMaxRank; ++a) {
+      if (plan.key_tile[a] < most_keys(a, plan.query_tile[a])) dislike += 3e-2;
+    }
+    return dislike;
   }
 
   const FusedShape& shape_;

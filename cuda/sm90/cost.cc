@@ -41,29 +41,29 @@ struct MiddleCost {
 };
 
 constexpr MiddleCost middle_cost(int dim) {
-  return dim == 32   ? MiddleCost{0.15 * kMicrosecond, 3.0e-3 * kMicrosecond}
-         : dim == 64 ? MiddleCost{0.15 * kMicrosecond, 4.0e-3 * kMicrosecond}
-         : dim == 96 ? MiddleCost{0.20 * kMicrosecond, 5.5e-3 * kMicrosecond}
-                     : MiddleCost{0.20 * kMicrosecond, 7.0e-3 * kMicrosecond};
+  return dim == 32   ? MiddleCost{0.11 * kMicrosecond, 4.6e-3 * kMicrosecond}
+         : dim == 64 ? MiddleCost{0.19 * kMicrosecond, 4.7e-3 * kMicrosecond}
+         : dim == 96 ? MiddleCost{0.10 * kMicrosecond, 7.6e-3 * kMicrosecond}  // not measured
+                     : MiddleCost{0, 10.6e-3 * kMicrosecond};
 }
 
-constexpr double middle_query_tile(int dim) { return (0.2 + 0.2 * dim / 128) * kMicrosecond; }
+constexpr double middle_query_tile(int dim) { return (dim == 32 ? 0.22 : 0.40) * kMicrosecond; }
 
 // The warp kernel on one multiprocessor.
 struct WarpCost {
   double key;               // one warp, one key of its list
+  double general;           // by so much more where windows have strides or boxes are slices in the plane
   double part;              // prologue and epilogue of one warp
+  double query_tile;        // of all of them
+  double busy;              // warps that keep a multiprocessor busy
   double bytes_per_second;  // TMA from the L2 cache
 };
 
-constexpr WarpCost warp_cost(int row_bytes, int dim) {
-  const double bytes_per_second = (row_bytes == 64 ? 8e12 : 11e12) / kProcessors;
-  return dim == 32 ? WarpCost{1.58e-3 * kMicrosecond, 0.125 * kMicrosecond, bytes_per_second}
-                   : WarpCost{3.27e-3 * kMicrosecond, 0.020 * kMicrosecond, bytes_per_second};
+constexpr WarpCost warp_cost(int dim) {
+  return dim == 32 ? WarpCost{1.73e-3 * kMicrosecond, 1.3,  0.012 * kMicrosecond,
+                              0.29 * kMicrosecond,    10.5, 4.8e12 / kProcessors}
+                   : WarpCost{1.94e-3 * kMicrosecond, 1.0, 0.365 * kMicrosecond, 0, 7.0, 5.2e12 / kProcessors};
 }
-
-constexpr double kWarpBusy = 8;  // warps that keep a multiprocessor busy
-constexpr double kWarpQueryTile = 0.16 * kMicrosecond;
 
 TileCounts repeated(const TileCounts& counts, double times) {
   return {counts.query_tiles * times, counts.parts * times, counts.visited * times, counts.computed * times,
@@ -140,13 +140,14 @@ Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list,
   const double resident = std::min<double>(blocks, std::ceil(p.tiles.query_tiles / processors));
   const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, blocks) / p.tiles.query_tiles;
   const int row_bytes = 2 * dim * plan.heads;
-  const WarpCost cost = warp_cost(row_bytes, dim);
+  const WarpCost cost = warp_cost(dim);
+  const double key = cost.key * (warp_case(shape, plan) == WarpCase::kGeneral ? cost.general : 1);
   // Warps whose part of a tile lies past the end of the grid do nothing.
   const double busy = p.tiles.parts * plan.heads / p.tiles.query_tiles;
-  const double idle = std::max(kWarpBusy / (resident * busy), 1.0);
+  const double idle = std::max(cost.busy / (resident * busy), 1.0);
   const double keys = list * p.tiles.computed * plan.heads;
-  p.compute = per_tile * (idle * (cost.key * keys + cost.part * p.tiles.parts * plan.heads) +
-                          kWarpQueryTile * p.tiles.query_tiles);
+  p.compute =
+      per_tile * (idle * (key * keys + cost.part * p.tiles.parts * plan.heads) + cost.query_tile * p.tiles.query_tiles);
   p.shared_memory = per_tile * p.tiles.visited * 2.0 * product(plan.key_tile) * row_bytes / cost.bytes_per_second;
   p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
   return p;
@@ -154,7 +155,7 @@ Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list,
 
 double CostModel::least_warp() const {
   // Every warp computes at least the windows of its queries.
-  return kLaunch + warp_cost(128, warp_compiled_dim(shape.dim)).key * pairs / kWarpRows / processors;
+  return kLaunch + warp_cost(warp_compiled_dim(shape.dim)).key * pairs / kWarpRows / processors;
 }
 
 }  // namespace jax_natten::sm90
