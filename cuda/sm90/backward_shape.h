@@ -44,7 +44,7 @@ struct PassShape {
 // For large windows; `small` for small ones: there it counts how many tiles are in flight.
 constexpr PassShape pass_shape(Walk pass, int dim, bool small) {
   if (pass == kQueryPass) {
-    if (small) return dim == 32 ? PassShape{32, 64, 3, 2, 1, 1, 3, 136, 32} : PassShape{64, 64, 2, 2, 1, 1, 3, 136, 64};
+    if (small) return dim == 32 ? PassShape{32, 64, 3, 2, 1, 1, 3, 128, 32} : PassShape{64, 64, 2, 2, 1, 1, 3, 128, 64};
     return dim == 32    ? PassShape{32, 128, 4, 2, 2, 2, 1, 232, 32}
            : dim == 64  ? PassShape{64, 128, 4, 2, 2, 2, 1, 232, 64}
            : dim == 96  ? PassShape{96, 128, 3, 1, 2, 2, 1, 232, 32}
