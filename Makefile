@@ -40,8 +40,8 @@ build: $(VENV)/.dev
 gpu-test:
 	JAX_NATTEN_CUDA=ON $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --upgrade \
 	  --config-settings=build-dir=build/gpu-objects --target build/gpu .
-	PYTHONPATH=build/gpu $(PYTHON) -P -m jax_natten info
-	XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=build/gpu $(PYTHON) -P -m pytest $(GPU_PYTEST_FLAGS) tests/gpu
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m jax_natten info
+	XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m pytest $(GPU_PYTEST_FLAGS) tests/gpu
 	PYTHONPATH=build/gpu $(PYTHON) benchmarks/gpu.py $(GPU_BENCH_FLAGS)
 
 bench: $(VENV)/.dev

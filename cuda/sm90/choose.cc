@@ -100,7 +100,7 @@ class Search {
       copy(query.part, plan.query_part);
       for (int a = 0; a < kMaxRank; ++a) {
         const int longest = (group_length(axes_[a], 0) + query.part[a] - 1) / query.part[a];
-        multiples[a].resize(std::min(longest, most_warps));
+        multiples[a].resize(std::min({longest, most_warps, kMostPositions / query.part[a]}));
         std::iota(multiples[a].begin(), multiples[a].end(), 1);
       }
       each_triple(multiples, std::min(smallest_of(multiples, most_warps), 3), most_warps, [&](const Triple& times) {
@@ -115,7 +115,7 @@ class Search {
   std::vector<Candidate> result() { return best_.sorted(); }
 
  private:
-  static constexpr int kMostKeysOfBox = 256;  // along an axis, as the TMA has it
+  static constexpr int kMostKeysOfBox = kMostPositions;  // as the TMA has it
   static constexpr size_t kMostWideShapes = 24, kMostMiddleShapes = 8, kMostWarpShapes = 6;
 
   // Sizes of equal slices that cover `whole` keys with as little excess as their number allows, ascending.
@@ -199,7 +199,7 @@ class Search {
   const CostModel model_;
   AxisCounts counts_;
   Best<Candidate> best_;
-  int most_keys_[kMaxRank][257] = {};
+  int most_keys_[kMaxRank][kMostPositions + 1] = {};
 };
 
 }  // namespace

@@ -103,7 +103,8 @@ const char* why_not_tiles(const FusedShape& shape, const Tiles& tiles, int heads
     if (a < kMaxRank - shape.neighborhood.rank && tiles.query_tile[a] * tiles.key_tile[a] != 1) {
       return "axes that the problem does not have must have tiles of 1";
     }
-    if (tiles.query_tile[a] > 256 || tiles.key_tile[a] > 256) return "tiles have at most 256 positions along an axis";
+    if (tiles.query_tile[a] > kMostPositions || tiles.key_tile[a] > kMostPositions)
+      return "tiles have at most 256 positions along an axis";
   }
   if (is_empty(shape)) return nullptr;
   if (count_query_tiles(shape, make_schedule(shape, tiles, heads)) > INT32_MAX) return "takes up to 2^31 - 1 tiles";

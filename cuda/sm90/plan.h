@@ -36,6 +36,8 @@ std::array<int64_t, kPlanFields> encode_plan(const Plan& plan);
 // Why `fields` are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is for why_not().
 const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
 
+constexpr int kMostPositions = 256;  // of a tile, along an axis
+
 inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
 
 // Whether a problem needs the kernels' extended variants.
