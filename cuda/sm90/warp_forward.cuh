@@ -40,8 +40,8 @@ struct alignas(16) WarpRecord {
 struct WarpTables {
   uint64_t query_full[kWarpMostStages], query_empty[kWarpMostStages];
   uint64_t key_full[kWarpMostStages], key_empty[kWarpMostStages];
-  WarpRecord records[2 * kWarpMostStages];  // a record is read until its tile's outputs are written
-  uint32_t rows[15][kWarpRows];             // WarpConsumer::row_coordinates()
+  WarpRecord records[2 * kWarpMostStages];   // a record is read until its tile's outputs are written
+  uint32_t rows[kWarpMostWarps][kWarpRows];  // WarpConsumer::find_rows()
   int key_offset[kWarpMostListed];
   uint32_t mask[4 * (kWarpMostListed + 1 + 2 + 2)];
 };

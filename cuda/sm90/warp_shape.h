@@ -9,7 +9,7 @@ namespace jax_natten::sm90 {
 constexpr int kWarpRows = 16;             // queries of a warp
 constexpr int kSharedBytes = 227 * 1024;  // that a CTA may have
 constexpr int kWarpMostStages = 4;        // of the query and the key rings
-constexpr int kWarpTableBytes = 4096;     // of shared memory, for WarpTables
+constexpr int kWarpTableBytes = 4352;     // of shared memory, for WarpTables
 constexpr int kWarpExtensionBytes = 512;  // and, in extended variants, for WarpBiasOffsets
 constexpr int kWarpMostListed = 112;      // keys of a list, in whole groups of 16
 
@@ -17,6 +17,7 @@ constexpr int kWarpMostListed = 112;      // keys of a list, in whole groups of 
 constexpr int warp_most_threads(int dim, int list) {
   return dim == 32 ? (list == 56 ? 640 : 512) : list == 56 ? 512 : 384;
 }
+constexpr int kWarpMostWarps = warp_most_threads(32, 56) / 32 - 1;  // that compute, in any CTA
 constexpr int warp_registers(int dim, int list) { return 65536 / warp_most_threads(dim, list) / 8 * 8; }
 
 // What a kernel is compiled for. Plain: no axis has a stride or is causal.

@@ -74,7 +74,7 @@ inline Plan random_plan(std::mt19937& random, const FusedShape& shape) {
     plan.stages = 1 + random() % 4;
     for (int attempt = 0; attempt < 100; ++attempt) {
       set(plan.query_part, random_tile(random, rank, 16));
-      set(plan.query_tile, random_tile(random, rank, 10 / plan.heads));
+      set(plan.query_tile, random_tile(random, rank, (random() % 2 ? 19 : 10) / plan.heads));
       for (int a = 0; a < kMaxRank; ++a) plan.query_tile[a] *= plan.query_part[a];
       set(plan.key_tile, random_tile(random, rank, 100 + random() % 400));
       if (sm90::why_not(shape, plan) == nullptr) return plan;
