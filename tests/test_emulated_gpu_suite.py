@@ -70,4 +70,4 @@ def test_sm80_kernels(environment):
 
 
 def test_tuning(environment):
-    run(environment, "tests/gpu/test_tuning.py", "-k", "tuned_tiles")
+    run(environment, "tests/gpu/test_cuda_tuning.py", "-k", "tuned_tiles")

@@ -74,7 +74,7 @@ def bench(name: str) -> dispatch.Problem:
 def test_the_model_explains_what_was_measured(name):
     plan, milliseconds = KNOWN[name]
     known = tiles.simulate(bench(name), commands.parse_tiles(plan))[0]
-    assert 0.80 < 1e3 * known.seconds / milliseconds < 1.15
+    assert 0.80 < 1e3 * known.seconds / milliseconds < 1.20
     best = tiles.simulate(bench(name))[0]
     assert best.tiles.structure == known.tiles.structure
     # Ties aside, what is chosen is no slower by the model's own words.
