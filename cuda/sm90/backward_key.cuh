@@ -1,5 +1,5 @@
-// The key pass of the backward: dK and dV. See backward_shape.h for the formulas and backward_tiles.cuh for tiles,
-// rings and the producer.
+// The key pass of the backward: dK and dV. See backward_shape.h for the formulas and backward_tiles.cuh for tiles
+// and rings.
 //
 // Per column tile of queries and d_out, for each query head of the keys' group, a consumer computes
 //     S^T = K Q^T - lse / scale, dP^T = V dO^T - delta   wgmma from shared memory; the second terms are start values
@@ -14,7 +14,8 @@
 // additional keys, where rows are those (backward_additional.h).
 #pragma once
 
-#include "backward_tiles.cuh"
+#include "backward_consumer.cuh"
+#include "backward_producers.cuh"
 
 namespace jax_natten::sm90 {
 

@@ -1,5 +1,5 @@
 // The query pass of the backward: delta and dQ. See backward_shape.h for the formulas and backward_tiles.cuh for
-// tiles, rings and the producer.
+// tiles and rings.
 //
 // Per column tile of keys and values a consumer computes
 //     S = Q K^T, dP = dO V^T     wgmma from shared memory
@@ -11,7 +11,8 @@
 // box.
 #pragma once
 
-#include "backward_tiles.cuh"
+#include "backward_consumer.cuh"
+#include "backward_producers.cuh"
 
 namespace jax_natten::sm90 {
 

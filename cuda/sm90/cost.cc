@@ -90,28 +90,11 @@ CostModel::CostModel(const FusedShape& shape, int processors) : shape(shape), pr
   memory = bytes / kMemoryBytesPerSecond;
 }
 
-Prediction CostModel::wide(const Plan& plan, const TileCounts& counts) const {
-  const WarpgroupShape compiled = wide_shape(compiled_head_dim(shape.dim));
-  const WideCost cost = wide_cost(compiled.dim);
-  Prediction p;
-  p.tiles = repeated(counts, repeats);
-  p.pairs = pairs;
-  p.computed_pairs = p.tiles.computed * kWarpgroupRows * compiled.keys;
-  p.memory = memory;
-  const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, 1) / p.tiles.query_tiles;
-  const double alone = std::max(2 * p.tiles.visited - p.tiles.computed, 0.0);
-  p.compute = per_tile * (cost.tile / 2 * (p.tiles.computed + kWideAlone * alone) + cost.masked * p.tiles.masked +
-                          wide_query_tile(compiled.dim) * p.tiles.query_tiles);
-  const double key_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
-  p.shared_memory = per_tile * p.tiles.visited * key_bytes / kSharedBytesPerSecond;
-  p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
-  return p;
-}
-
-Prediction CostModel::middle(const Plan& plan, const TileCounts& counts) const {
-  const int dim = compiled_head_dim(shape.dim), blocks = middle_blocks(dim);
-  const WarpgroupShape compiled = middle_shape(dim, middle_variant(dim, product(plan.key_tile)));
-  const MiddleCost cost = middle_cost(dim);
+// Of kernels of whole warpgroups. compute(tiles, resident): seconds of one multiprocessor for all tiles, if so many
+// CTAs share it, of up to `blocks`.
+template <typename Compute>
+Prediction CostModel::warpgroups(const Plan& plan, const TileCounts& counts, const WarpgroupShape& compiled, int blocks,
+                                 Compute compute) const {
   Prediction p;
   p.tiles = repeated(counts, repeats);
   p.pairs = pairs;
@@ -119,13 +102,31 @@ Prediction CostModel::middle(const Plan& plan, const TileCounts& counts) const {
   p.memory = memory;
   const double resident = std::min<double>(blocks, std::ceil(p.tiles.query_tiles / processors));
   const double per_tile = most_tiles_of_processor(p.tiles.query_tiles, processors, blocks) / p.tiles.query_tiles;
-  p.compute =
-      per_tile * (blocks / resident) *
-      ((cost.tile + cost.column * compiled.keys) * p.tiles.computed + middle_query_tile(dim) * p.tiles.query_tiles);
+  p.compute = per_tile * compute(p.tiles, resident);
   const double key_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
   p.shared_memory = per_tile * p.tiles.visited * key_bytes / kSharedBytesPerSecond;
   p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
   return p;
+}
+
+Prediction CostModel::wide(const Plan& plan, const TileCounts& counts) const {
+  const WarpgroupShape compiled = wide_shape(compiled_head_dim(shape.dim));
+  const WideCost cost = wide_cost(compiled.dim);
+  return warpgroups(plan, counts, compiled, /*blocks=*/1, [&](const TileCounts& tiles, double) {
+    const double alone = std::max(2 * tiles.visited - tiles.computed, 0.0);
+    return cost.tile / 2 * (tiles.computed + kWideAlone * alone) + cost.masked * tiles.masked +
+           wide_query_tile(compiled.dim) * tiles.query_tiles;
+  });
+}
+
+Prediction CostModel::middle(const Plan& plan, const TileCounts& counts) const {
+  const int dim = compiled_head_dim(shape.dim), blocks = middle_blocks(dim);
+  const WarpgroupShape compiled = middle_shape(dim, middle_variant(dim, product(plan.key_tile)));
+  const MiddleCost cost = middle_cost(dim);
+  return warpgroups(plan, counts, compiled, blocks, [&](const TileCounts& tiles, double resident) {
+    return blocks / resident *
+           ((cost.tile + cost.column * compiled.keys) * tiles.computed + middle_query_tile(dim) * tiles.query_tiles);
+  });
 }
 
 Prediction CostModel::warp(const Plan& plan, const TileCounts& counts, int list, int blocks) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "choose.h"
+#include "warpgroup_shape.h"
 
 namespace jax_natten::sm90 {
 
@@ -32,6 +33,11 @@ struct CostModel {
   double repeats;  // heads and batch elements
   double pairs;    // of all of them
   double memory;   // seconds
+
+ private:
+  template <typename Compute>
+  Prediction warpgroups(const Plan& plan, const TileCounts& counts, const WarpgroupShape& compiled, int blocks,
+                        Compute compute) const;
 };
 
 }  // namespace jax_natten::sm90
