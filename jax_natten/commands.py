@@ -181,7 +181,7 @@ def spell(asked: tiles.Tiles | tiles.PassTiles) -> str:
 
 def _measure(problem: dispatch.Problem, requested, asked) -> float:
     """Seconds of one call in a chain of calls, each fed by the one before."""
-    query, key, value = _draw(problem)
+    query, key, value, _ = tuning.draw_operands(problem)
 
     def chain(query, key, value):
         for _ in range(CALLS):
@@ -194,7 +194,7 @@ def _measure(problem: dispatch.Problem, requested, asked) -> float:
 def _measure_backward(problem: dispatch.Problem, requested, asked) -> float:
     """The same for the backward alone; between the calls cotangents are added, so that they do not fade away."""
     out, pullback = jax.jit(lambda *x: jax.vjp(functools.partial(_attend, problem, requested, asked), *x))(
-        *_draw(problem)
+        *tuning.draw_operands(problem)[:3]
     )
 
     def chain(pullback, cotangent):
@@ -204,12 +204,6 @@ def _measure_backward(problem: dispatch.Problem, requested, asked) -> float:
         return gradient
 
     return _seconds_per_call(chain, pullback, jax.random.normal(jax.random.key(3), out.shape, out.dtype))
-
-
-def _draw(problem: dispatch.Problem) -> list[jax.Array]:
-    heads = (problem.heads, problem.kv_heads, problem.kv_heads)
-    shapes = [(problem.batch, *problem.grid, h, problem.head_dim) for h in heads]
-    return [jax.random.normal(jax.random.key(n), shape, problem.dtype) for n, shape in enumerate(shapes)]
 
 
 def _attend(problem: dispatch.Problem, requested, asked, query, key, value) -> jax.Array:

@@ -148,7 +148,7 @@ def _measure(problem: Problem, candidates: Sequence[tiles.Tiles], calls: int, de
     All candidates take turns, so that a change of clocks meets all of them.
     """
     with jax.default_device(device):
-        operands = jax.device_put(_draw(problem), device)  # committed: programs run there
+        operands = jax.device_put(draw_operands(problem), device)  # committed: programs run there
     window = problem.neighborhood
     windows = (window.kernel_size, window.stride, window.dilation, window.is_causal)
 
@@ -173,8 +173,8 @@ def _measure(problem: Problem, candidates: Sequence[tiles.Tiles], calls: int, de
     return list(map(statistics.median, times))
 
 
-def _draw(problem: Problem) -> tuple:
-    """query, key, value, and a dict of the other arguments."""
+def draw_operands(problem: Problem) -> tuple:
+    """Standard normal query, key and value, and a dict of the other arguments."""
     keys = iter(jax.random.split(jax.random.key(0), 6))
 
     def draw(*shape, dtype=problem.dtype):
