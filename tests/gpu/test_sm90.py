@@ -139,6 +139,11 @@ def test_tiles_that_are_asked_for_change_nothing_but_rounding(asked):
         check(Case(problem("tiles", 1, 2, 1, 64, [28, 26], [7, 9], dilation=dilation), "bfloat16"), asked)
 
 
+def test_tiles_that_make_as_many_warps_as_a_block_may_have():
+    shape = problem("many", 1, 2, 2, 32, [8, 80], [3, 3])
+    check(Case(shape, "float16"), Tiles("warp", (4, 76), (4, 4), (6, 78)))
+
+
 def test_boxes_of_two_heads():
     shape = problem("two", 2, 4, 4, 32, [14, 14], [7, 5], dilation=2)
     check(Case(shape, "bfloat16"), Tiles("warp", (8, 8), (4, 4), (7, 7), 2, 2, 2))
