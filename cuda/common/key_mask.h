@@ -50,12 +50,13 @@ inline void fill_whole_windows(const KeyMaskLayout& layout, uint32_t* table, int
   }
 }
 
-// Columns of quad lane q whose coordinate on axis a lies in the window, given relative to the tile's first key.
-JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, int a, Interval window,
-                                     int q) {
+// Columns of quad lane q whose coordinate on axis a lies in the window, given relative to the tile's first key. Word: a
+// table of up to 64 columns may be one of uint16_t.
+template <typename Word>
+JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const Word* table, int a, Interval window, int q) {
   const int begin = imin(imax(window.begin, 0), layout.tile[a]);
   const int end = imin(imax(window.end, 0), layout.tile[a]);
-  return table[4 * (layout.first[a] + begin) + q] & ~table[4 * (layout.first[a] + end) + q];
+  return table[4 * (layout.first[a] + begin) + q] & ~uint32_t(table[4 * (layout.first[a] + end) + q]);
 }
 
 // The first `count` columns.
@@ -66,8 +67,8 @@ JAX_NATTEN_HD uint32_t first_columns_word(int count, int q) {
 }
 
 // Columns whose key lies in a box of windows, relative like `begin` of the tile.
-template <int kRank, class Window>
-JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const uint32_t* table, const Window* windows,
+template <int kRank, typename Word, class Window>
+JAX_NATTEN_HD uint32_t key_mask_word(const KeyMaskLayout& layout, const Word* table, const Window* windows,
                                      const int* begin, int q) {
   uint32_t word = ~uint32_t(0);
   JAX_NATTEN_UNROLL

@@ -28,6 +28,8 @@ struct BackwardBias : FusedBackward<Traits> {
   using Base::params;
   using Base::tile;
   static constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns, kThreads = Traits::kThreads;
+  static_assert(Traits::kShape.blocks == 1 && Traits::kShape.chunk == kColumns,
+                "d_scores are those of 16 rows and a tile");
   static_assert(sizeof(Shared) <= kSharedBytesOfAnyDevice, "must fit into the shared memory of every device");
 
   Shared& smem;
@@ -67,22 +69,25 @@ struct BackwardBias : FusedBackward<Traits> {
 
   __device__ __forceinline__ void add_query_tile(float* table) {
     this->copy_staying_rows();
-    float row_lse[2], row_delta[2];
+    typename Base::OfRows row_lse, row_delta;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int position = smem.tables.row_position[this->row_of_thread(i)];
+      const int position = smem.tables.row_position(params, this->row_of_thread(0, i));
       const int64_t at = this->index(imax(position, 0), tile.head);
-      row_lse[i] = position < 0 ? 0 : params.lse[at] * kLog2E;
-      row_delta[i] = position < 0 ? 0 : params.bias_delta.at(tile.batch, tile.head, position);
+      row_lse[0][i] = position < 0 ? 0 : params.lse[at] * kLog2E;
+      row_delta[0][i] = position < 0 ? 0 : params.bias_delta.at(tile.batch, tile.head, position);
     }
     Columns columns = this->first_columns();
     do {
-      this->copy_columns(columns, smem.stage[0]);
+      this->copy_columns(columns, 0);
       ptx::copy_async_commit();
       ptx::copy_async_wait<0>();
       __syncthreads();
       Scores probs, d_scores;
-      if (!this->find_d_scores(columns, smem.stage[0], row_lse, row_delta, probs, d_scores)) {
+      const TileClass tile_class = this->classify(columns);
+      if (tile_class != TileClass::kSkip) {
+        this->find_d_scores(columns, tile_class, 0, 0, row_lse, row_delta, probs, d_scores);
+      } else {
 #pragma unroll
         for (float& d_score : d_scores[0]) d_score = 0;
       }
@@ -95,7 +100,7 @@ struct BackwardBias : FusedBackward<Traits> {
   __device__ __forceinline__ void store(const Scores& d_scores) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float* row = &smem.d_scores[this->row_of_thread(i) * Shared::kStep + lane % 4 * 2];
+      float* row = &smem.d_scores[this->row_of_thread(0, i) * Shared::kStep + lane % 4 * 2];
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j) {
         row[8 * j] = d_scores[0][4 * j + 2 * i];

@@ -24,7 +24,7 @@ BackwardShape compiled_shape(const FusedShape& shape, Pass pass) {
 
 TileLimits limits(const FusedShape& shape, Pass pass) {
   const BackwardShape compiled = compiled_shape(shape, pass);
-  return {compiled.rows / 16, 16, compiled.columns};
+  return {compiled.parts(), compiled.warp_rows(), compiled.columns};
 }
 
 KernelInstance find_kernel(const FusedShape& shape, Precision precision, Pass pass) {

@@ -42,13 +42,17 @@ struct BackwardTraits {
   struct Stage {
     alignas(128) uint8_t score_side[ColumnTile::kBytes];  // keys, or queries
     alignas(128) uint8_t prob_side[ColumnTile::kBytes];   // values, or d_out
-    float lse[kKeyPass ? kColumns : 1], delta[kKeyPass ? kColumns : 1];
+  };
+  // Of columns that are queries.
+  struct alignas(8) StageNumbers {
+    float lse[kKeyPass ? kColumns : 2], delta[kKeyPass ? kColumns : 2];
   };
   struct Shared {
     alignas(128) uint8_t score_side[RowTile::kBytes];  // queries, or keys; later their gradients
     alignas(128) uint8_t prob_side[RowTile::kBytes];   // d_out, or values; later the gradients of values
     Stage stage[kShape.stages];
-    TileTables<kRows, kColumns, kWalk, true, kRows / 16> tables;
+    StageNumbers numbers[kKeyPass ? kShape.stages : 1];
+    TileTables<kRows, kColumns, kWalk, true, kShape.parts()> tables;
   };
   static_assert(sizeof(Shared) <= kSharedBytesOfAnyDevice, "must fit into the shared memory of every device");
 };
@@ -58,17 +62,23 @@ struct FusedBackward {
   using Numbers = typename Traits::Numbers;
   using T = typename Traits::T;
   using Shared = typename Traits::Shared;
-  using Stage = typename Traits::Stage;
   using RowTile = typename Traits::RowTile;
   using ColumnTile = typename Traits::ColumnTile;
   static constexpr int kDim = Traits::kDim, kRows = Traits::kRows, kColumns = Traits::kColumns;
   static constexpr int kThreads = Traits::kThreads, kSplits = Traits::kShape.splits;
   static constexpr bool kKeyPass = Traits::kKeyPass;
+  static constexpr int kBlocks = Traits::kShape.blocks;
+  static constexpr int kChunk = Traits::kShape.chunk;
   static constexpr int kSums = kDim / kSplits / 2;  // that a thread holds of 16 rows
+  // Twice as many products are independent of each other if those of both kinds of scores take turns, where registers
+  // allow for the operands of both.
+  static constexpr bool kInTurns = sizeof(T) == 2 && kDim <= 128;
   static constexpr int kSplitBytes = kDim / kSplits * int(sizeof(T));
+  static_assert(kColumns % kChunk == 0, "tiles are made of chunks");
   static_assert(kSplits == 1 || kSplitBytes % ColumnTile::kPanelBytes == 0, "splits are made of panels");
-  using Sums = float[1][kSums];
-  using Scores = float[1][kColumns / 2];
+  using Sums = float[kBlocks][kSums];
+  using Scores = float[kBlocks][kChunk / 2];
+  using OfRows = float[kBlocks][2];  // of the thread's rows
 
   const BackwardParams& params;
   Shared& smem;
@@ -89,14 +99,17 @@ struct FusedBackward {
     __syncthreads();
     copy_staying_rows();
     Columns next = first_columns();
-    copy_columns(next, smem.stage[0]);
+    copy_columns(next, 0);
     ptx::copy_async_commit();
 
-    float row_lse[2], row_delta[2];
+    OfRows row_lse, row_delta;
     if (!kKeyPass) find_delta(row_lse, row_delta);
     Sums d_score_side, d_prob_side;
 #pragma unroll
-    for (int e = 0; e < kSums; ++e) d_score_side[0][e] = d_prob_side[0][e] = 0;
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int e = 0; e < kSums; ++e) d_score_side[m][e] = d_prob_side[m][e] = 0;
+    }
 
     bool more = true;
     for (int stage = 0; more;) {
@@ -105,16 +118,16 @@ struct FusedBackward {
       __syncthreads();
       const Columns present = next;
       more = advance(next);
-      const Stage& columns = smem.stage[stage];
+      const int stage_of_present = stage;
       if (Traits::kShape.stages == 2) {
         stage ^= 1;
-        if (more) copy_columns(next, smem.stage[stage]);
+        if (more) copy_columns(next, stage);
         ptx::copy_async_commit();
       }
-      compute(present, columns, row_lse, row_delta, d_score_side, d_prob_side);
+      compute(present, stage_of_present, row_lse, row_delta, d_score_side, d_prob_side);
       if (Traits::kShape.stages == 1) {
         __syncthreads();
-        if (more) copy_columns(next, smem.stage[0]);
+        if (more) copy_columns(next, 0);
         ptx::copy_async_commit();
       }
     }
@@ -127,8 +140,8 @@ struct FusedBackward {
 
  protected:
   __device__ __forceinline__ bool rows_are_additional() const { return kKeyPass && params.partials != nullptr; }
-  __device__ __forceinline__ int row_of_warp() const { return warp / kSplits * 16; }
-  __device__ __forceinline__ int row_of_thread(int i) const { return row_of_warp() + 8 * i + lane / 4; }
+  __device__ __forceinline__ int row_of_warp() const { return warp / kSplits * Traits::kShape.warp_rows(); }
+  __device__ __forceinline__ int row_of_thread(int m, int i) const { return row_of_warp() + 16 * m + 8 * i + lane / 4; }
   __device__ __forceinline__ int kv_head() const {
     return kKeyPass ? tile.head : params.schedule.by_group.quotient(tile.head);
   }
@@ -150,7 +163,7 @@ struct FusedBackward {
   }
 
   __device__ __forceinline__ int staying_position(int row) const {
-    if (!rows_are_additional()) return smem.tables.row_position[row];
+    if (!rows_are_additional()) return smem.tables.row_position(params, row);
     return first + row < params.additional ? first + row : -1;
   }
 
@@ -170,23 +183,23 @@ struct FusedBackward {
   }
 
   // Writes delta of this thread's rows. Their lse is counted in powers of two. Rows outside the grid have zeros.
-  __device__ __forceinline__ void find_delta(float (&row_lse)[2], float (&row_delta)[2]) {
+  __device__ __forceinline__ void find_delta(OfRows& row_lse, OfRows& row_delta) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int position = smem.tables.row_position[row_of_thread(i)];
-      row_lse[i] = row_delta[i] = 0;
+    for (int n = 0; n < 2 * kBlocks; ++n) {
+      const int m = n / 2, i = n % 2, position = smem.tables.row_position(params, row_of_thread(m, i));
+      row_lse[m][i] = row_delta[m][i] = 0;
       float sum = 0;
       if (position >= 0) {
         const int64_t at = index(position, tile.head);
         sum =
             quarter_of_product(first_row(params.out, tile.batch, tile.head) + position * params.out.position_step,
                                first_row(params.d_out, tile.batch, tile.head) + position * params.d_out.position_step);
-        row_lse[i] = params.lse[at] * kLog2E;
-        row_delta[i] = params.d_lse[at];
+        row_lse[m][i] = params.lse[at] * kLog2E;
+        row_delta[m][i] = params.d_lse[at];
       }
-      row_delta[i] = quad_sum(sum) - row_delta[i];
+      row_delta[m][i] = quad_sum(sum) - row_delta[m][i];
       if (position >= 0 && lane % 4 == 0 && warp % kSplits == 0) {
-        params.delta[index(position, tile.head)] = row_delta[i];
+        params.delta[index(position, tile.head)] = row_delta[m][i];
       }
     }
   }
@@ -256,7 +269,7 @@ struct FusedBackward {
   }
 
   // Columns that no row of the tile sees are not read: they are zeros.
-  __device__ __forceinline__ void copy_columns(const Columns& columns, Stage& stage) {
+  __device__ __forceinline__ void copy_columns(const Columns& columns, int stage) {
     if (columns.in_window()) {
       copy_columns_at(columns, stage, smem.tables.positions(params, columns.cursor.begin));
     } else {
@@ -267,22 +280,23 @@ struct FusedBackward {
   }
 
   template <typename PositionOfColumn>
-  __device__ __forceinline__ void copy_columns_at(const Columns& columns, Stage& stage, PositionOfColumn position_of) {
+  __device__ __forceinline__ void copy_columns_at(const Columns& columns, int stage, PositionOfColumn position_of) {
     const auto copy = [&](uint8_t* destination, const RowArray& array, int head) {
       copy_rows<ColumnTile, kThreads>(ptx::shared_address(destination), array, first_row(array, tile.batch, head),
                                       position_of);
     };
     if (!kKeyPass) {
       const bool window = columns.in_window();
-      copy(stage.score_side, window ? params.key : params.additional_key, kv_head());
-      copy(stage.prob_side, window ? params.value : params.additional_value, kv_head());
+      copy(smem.stage[stage].score_side, window ? params.key : params.additional_key, kv_head());
+      copy(smem.stage[stage].prob_side, window ? params.value : params.additional_value, kv_head());
     } else {
-      copy(stage.score_side, params.query, columns.head);
-      copy(stage.prob_side, params.d_out, columns.head);
+      copy(smem.stage[stage].score_side, params.query, columns.head);
+      copy(smem.stage[stage].prob_side, params.d_out, columns.head);
       for (int n = threadIdx.x; n < 2 * kColumns; n += kThreads) {
         const int column = n % kColumns, position = position_of(column);
         const int64_t at = index(imax(position, 0), columns.head);
-        float* destination = n < kColumns ? &stage.lse[column] : &stage.delta[column];
+        auto& numbers = smem.numbers[stage];
+        float* destination = n < kColumns ? &numbers.lse[column] : &numbers.delta[column];
         ptx::copy_async<4>(ptx::shared_address(destination), (n < kColumns ? params.lse : params.delta) + at,
                            position >= 0);
       }
@@ -303,65 +317,121 @@ struct FusedBackward {
     return smem.tables.word(params, columns.cursor.begin, row, lane % 4);
   }
 
-  __device__ __forceinline__ void compute(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
-                                          const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
-    Scores probs, d_scores;
-    if (!find_d_scores(columns, stage, row_lse, row_delta, probs, d_scores)) return;
-    if (kKeyPass) add(d_prob_side, probs, stage.prob_side);
-    add(d_score_side, d_scores, stage.score_side);
+  using Words = uint32_t[kBlocks][2];  // masks of the thread's columns, for each of its rows
+
+  __device__ __forceinline__ void compute(const Columns& columns, int stage, const OfRows& row_lse,
+                                          const OfRows& row_delta, Sums& d_score_side, Sums& d_prob_side) {
+    const TileClass tile_class = classify(columns);
+    if (tile_class == TileClass::kSkip) return;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kColumns; chunk += kChunk) {
+      Scores probs, d_scores;
+      if (!find_d_scores(columns, tile_class, stage, chunk, row_lse, row_delta, probs, d_scores)) continue;
+      if (kKeyPass) add(d_prob_side, probs, smem.stage[stage].prob_side, chunk);
+      add(d_score_side, d_scores, smem.stage[stage].score_side, chunk);
+    }
   }
 
-  // False if the warp's rows see none of the columns.
-  __device__ __forceinline__ bool find_d_scores(const Columns& columns, const Stage& stage, const float (&row_lse)[2],
-                                                const float (&row_delta)[2], Scores& probs, Scores& d_scores) {
-    const TileClass tile_class = classify(columns);
-    if (tile_class == TileClass::kSkip) return false;
-
-    multiply(smem.score_side, stage.score_side, probs);
-    multiply(smem.prob_side, stage.prob_side, d_scores);
+  // Of the columns from `chunk` on, of a tile of which the rows see some. False if they see none of the chunk.
+  __device__ __forceinline__ bool find_d_scores(const Columns& columns, TileClass tile_class, int stage, int chunk,
+                                                const OfRows& row_lse, const OfRows& row_delta, Scores& probs,
+                                                Scores& d_scores) {
+    const bool masked = tile_class == TileClass::kMasked;
+    Words words;
+    if (kChunk < kColumns && masked) {
+      uint32_t any = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row_of_thread(i);
-      const uint32_t seen = tile_class == TileClass::kMasked ? word(columns, row) : ~uint32_t(0);
-      const bool has_bias = params.bias != nullptr && columns.in_window();
-      const float* bias = nullptr;
-      if (has_bias) {
-        bias = bias_table(params, tile.batch, kKeyPass ? columns.head : tile.head) +
-               smem.tables.bias_entry(params, columns.cursor.begin, row);
+      for (int n = 0; n < 2 * kBlocks; ++n) {
+        words[n / 2][n % 2] = word(columns, row_of_thread(n / 2, n % 2)) >> chunk / 4;
+        any |= words[n / 2][n % 2];
       }
-#pragma unroll
-      for (int bit = 0; bit < kColumns / 4; ++bit) {
-        const int e = bit / 2 * 4 + 2 * i + bit % 2, column = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
-        float offset = kKeyPass ? stage.lse[column] * -kLog2E : -row_lse[i];
-        if (has_bias && (seen >> bit & 1)) {
-          const int entry = smem.tables.column_bias[column];
-          offset = fmaf(__ldg(bias + (kKeyPass ? -entry : entry)), kLog2E, offset);
-        }
-        const float p = ptx::exp2_approximate(fmaf(probs[0][e], params.scale, offset));
-        probs[0][e] = seen >> bit & 1 ? p : 0.f;
-        const float delta = kKeyPass ? stage.delta[column] : row_delta[i];
-        d_scores[0][e] = seen >> bit & 1 ? p * (d_scores[0][e] - delta) : 0.f;
-      }
+      if (!__any_sync(~0u, any << (32 - kChunk / 4))) return false;
+    }
+    multiply(stage, chunk, probs, d_scores);
+    // Between these, only what differs is looked at for each element.
+    if (params.bias != nullptr && columns.in_window()) {
+      find_d_scores_of<true, true>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
+    } else if (masked || sizeof(T) == 4) {  // which has not the registers for one more copy of the code
+      find_d_scores_of<true, false>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
+    } else {
+      find_d_scores_of<false, false>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
     }
     return true;
   }
 
-  // products = rows columns^T
-  __device__ __forceinline__ void multiply(const uint8_t (&rows)[RowTile::kBytes],
-                                           const uint8_t (&columns)[ColumnTile::kBytes], Scores& products) {
+  // From the products of the rows: probs and d_scores. kMasked: a tile may be `masked`, by `words` if chunks are not
+  // whole tiles.
+  template <bool kMasked, bool kBias>
+  __device__ __forceinline__ void find_d_scores_of(const Columns& columns, bool masked, const Words& words, int stage,
+                                                   int chunk, const OfRows& row_lse, const OfRows& row_delta,
+                                                   Scores& probs, Scores& d_scores) {
 #pragma unroll
-    for (int e = 0; e < kColumns / 2; ++e) products[0][e] = 0;
-    const uint32_t left = left_address<RowTile>(ptx::shared_address(rows), row_of_warp(), lane);
-    add_row_products<Numbers, ColumnTile>(
-        products, right_address<ColumnTile>(ptx::shared_address(columns), lane),
-        [&](int, int k, Fragment& a) { ptx::load_matrix_x4(a, RowTile::moved(left, 0, k)); });
+    for (int n = 0; n < 2 * kBlocks; ++n) {
+      const int m = n / 2, i = n % 2, row = row_of_thread(m, i);
+      uint32_t seen = ~uint32_t(0);
+      if (kMasked && masked) seen = kChunk < kColumns ? words[m][i] : word(columns, row);
+      const float* bias = nullptr;
+      if (kBias) {
+        bias = bias_table(params, tile.batch, kKeyPass ? columns.head : tile.head) +
+               smem.tables.bias_entry(params, columns.cursor.begin, row);
+      }
+#pragma unroll
+      for (int bit = 0; bit < kChunk / 4; ++bit) {
+        const int e = bit / 2 * 4 + 2 * i + bit % 2, column = chunk + bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+        float offset = kKeyPass ? smem.numbers[stage].lse[column] * -kLog2E : -row_lse[m][i];
+        if (kBias && (seen >> bit & 1)) {
+          const int entry = smem.tables.column_bias[column];
+          offset = fmaf(__ldg(bias + (kKeyPass ? -entry : entry)), kLog2E, offset);
+        }
+        const float p = ptx::exp2_approximate(fmaf(probs[m][e], params.scale, offset));
+        const float d = p * (d_scores[m][e] - (kKeyPass ? smem.numbers[stage].delta[column] : row_delta[m][i]));
+        probs[m][e] = !kMasked || (seen >> bit & 1) ? p : 0.f;
+        d_scores[m][e] = !kMasked || (seen >> bit & 1) ? d : 0.f;
+      }
+    }
+  }
+
+  // scores and d_probs, products of the rows and a chunk of the columns.
+  __device__ __forceinline__ void multiply(int stage, int chunk, Scores& scores, Scores& d_probs) {
+    const auto left_of = [&](const uint8_t* rows) {
+      return left_address<RowTile>(ptx::shared_address(rows), row_of_warp(), lane);
+    };
+    const auto right_of = [&](const uint8_t* columns) {
+      return right_address<ColumnTile>(ptx::shared_address(columns), lane) + chunk * ColumnTile::kPanelBytes;
+    };
+    const uint32_t left[2] = {left_of(smem.score_side), left_of(smem.prob_side)};
+    const uint32_t right[2] = {right_of(smem.stage[stage].score_side), right_of(smem.stage[stage].prob_side)};
+    const auto load_left = [&](int side, int m, int k, Fragment& a) {
+      ptx::load_matrix_x4(a, RowTile::moved(left[side], 16 * m, k));
+    };
+    if constexpr (kInTurns) {
+#pragma unroll
+      for (int k = 0; k < ColumnTile::kRowBytes / 32; ++k) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          add_row_products_step<Numbers, ColumnTile>(side == 0 ? scores : d_probs, ColumnTile::moved(right[side], 0, k),
+                                                     k == 0, [&](int m, Fragment& a) { load_left(side, m, k, a); });
+        }
+      }
+    } else {
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        Scores& products = side == 0 ? scores : d_probs;
+#pragma unroll
+        for (int e = 0; e < kBlocks * kChunk / 2; ++e) products[e / (kChunk / 2)][e % (kChunk / 2)] = 0;
+        add_row_products<Numbers, ColumnTile>(products, right[side],
+                                              [&](int m, int k, Fragment& a) { load_left(side, m, k, a); });
+      }
+    }
   }
 
   // sums += weights columns, for this warp's channels
-  __device__ __forceinline__ void add(Sums& sums, const Scores& weights, const uint8_t (&columns)[ColumnTile::kBytes]) {
+  __device__ __forceinline__ void add(Sums& sums, const Scores& weights, const uint8_t (&columns)[ColumnTile::kBytes],
+                                      int chunk) {
     constexpr int kPanelRows = kSplitBytes / ColumnTile::kPanelBytes * ColumnTile::kRows;
     const uint32_t tile = ptx::shared_address(columns) + warp % kSplits * kPanelRows * ColumnTile::kPanelBytes;
-    add_weighted_rows<Numbers, ColumnTile>(sums, weights, column_address<Numbers, ColumnTile>(tile, lane));
+    add_weighted_rows<Numbers, ColumnTile>(
+        sums, weights, column_address<Numbers, ColumnTile>(tile, lane) + chunk * ColumnTile::kPanelBytes);
   }
 
   // ---- results
@@ -379,20 +449,24 @@ struct FusedBackward {
   __device__ __forceinline__ void stage_sums(uint8_t (&rows)[RowTile::kBytes], const Sums& sums, float factor) {
     constexpr int kPanelRows = kSplitBytes / RowTile::kPanelBytes * RowTile::kRows;
     const float factors[2] = {factor, factor};
-    store_fragments<Numbers, RowTile>(ptx::shared_address(rows) + warp % kSplits * kPanelRows * RowTile::kPanelBytes,
-                                      row_of_warp(), lane, sums[0], factors);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      store_fragments<Numbers, RowTile>(ptx::shared_address(rows) + warp % kSplits * kPanelRows * RowTile::kPanelBytes,
+                                        row_of_warp() + 16 * m, lane, sums[m], factors);
+    }
   }
 
   __device__ __forceinline__ void write_staged(const uint8_t (&rows)[RowTile::kBytes], const RowArray& array) {
     constexpr int kWarpRows = kRows / Traits::kShape.warps();
     write_rows<RowTile, T, kWarpRows>(ptx::shared_address(rows), array, first_row(array, tile.batch, tile.head),
-                                      kWarpRows * warp, lane, [&](int row) { return smem.tables.row_position[row]; });
+                                      kWarpRows * warp, lane,
+                                      [&](int row) { return smem.tables.row_position(params, row); });
   }
 
   __device__ __forceinline__ void write_partials(const Sums& d_score_side, const Sums& d_prob_side) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int key = first + row_of_thread(i);
+    for (int n = 0; n < 2 * kBlocks; ++n) {
+      const int m = n / 2, i = n % 2, key = first + row_of_thread(m, i);
       if (key >= params.additional) continue;
       const int64_t row =
           ((int64_t(tile.batch) * params.chunks + chunk) * params.additional + key) * params.kv_heads + tile.head;
@@ -403,8 +477,8 @@ struct FusedBackward {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int channel = warp % kSplits * (kDim / kSplits) + 8 * j + lane % 4 * 2 + b, e = 4 * j + 2 * i + b;
-          if (channel < params.dim) keys[channel] = d_score_side[0][e] * params.problem_scale;
-          if (channel < params.value_dim) values[channel] = d_prob_side[0][e];
+          if (channel < params.dim) keys[channel] = d_score_side[m][e] * params.problem_scale;
+          if (channel < params.value_dim) values[channel] = d_prob_side[m][e];
         }
       }
     }
@@ -412,7 +486,7 @@ struct FusedBackward {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kShape.least_ctas)
     fused_backward_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   FusedBackward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();

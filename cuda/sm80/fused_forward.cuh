@@ -123,7 +123,7 @@ struct FusedForward {
   __device__ __forceinline__ void copy_queries() {
     copy_rows<QueryTileRows, Traits::kThreads>(query_tile(), params.query,
                                                first_row(params.query, tile.batch, tile.head),
-                                               [&](int row) { return smem.tables.row_position[row]; });
+                                               [&](int row) { return smem.tables.row_position(params, row); });
   }
 
   // A key tile of the window box, or of the additional keys.
@@ -303,7 +303,7 @@ struct FusedForward {
       store_fragments<Numbers, QueryTileRows>(staged, Traits::kWarpRows * warp + 16 * m, lane, out[m], normalizer);
       const int i = lane % 4;  // two lanes of four write a row's each
       const float lse = i == 0 ? softmax.block[m].log_sum_exp(0) : softmax.block[m].log_sum_exp(1);
-      const int position = i < 2 ? smem.tables.row_position[row_of_thread(m, i)] : -1;
+      const int position = i < 2 ? smem.tables.row_position(params, row_of_thread(m, i)) : -1;
       if (position >= 0) {
         params.lse[(tile.batch * params.positions + position) * params.heads + tile.head] = lse;
       }
@@ -311,7 +311,7 @@ struct FusedForward {
     __syncwarp();
     write_rows<QueryTileRows, T, Traits::kWarpRows>(staged, params.out, first_row(params.out, tile.batch, tile.head),
                                                     Traits::kWarpRows * warp, lane,
-                                                    [&](int row) { return smem.tables.row_position[row]; });
+                                                    [&](int row) { return smem.tables.row_position(params, row); });
   }
 };
 

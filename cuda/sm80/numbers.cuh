@@ -26,6 +26,9 @@ struct HalfNumbers {
   };
   static __device__ __forceinline__ Left left(const Fragment& a) { return {a[0], a[1], a[2], a[3]}; }
   static __device__ __forceinline__ Right right(uint32_t b0, uint32_t b1) { return {b0, b1}; }
+  static __device__ __forceinline__ void multiply(float* d, const Left& a, const Right& b) {
+    ptx::mma_from_zero<T>(d, a.word, b.word[0], b.word[1]);
+  }
   static __device__ __forceinline__ void multiply_add(float* d, const Left& a, const Right& b) {
     ptx::mma<T>(d, a.word, b.word[0], b.word[1]);
   }
@@ -50,6 +53,9 @@ struct Tf32Numbers : FloatNumbers {
     return {round(a[0]), round(a[1]), round(a[2]), round(a[3])};
   }
   static __device__ __forceinline__ Right right(uint32_t b0, uint32_t b1) { return {round(b0), round(b1)}; }
+  static __device__ __forceinline__ void multiply(float* d, const Left& a, const Right& b) {
+    ptx::mma_tf32_from_zero(d, a.word, b.word[0], b.word[1]);
+  }
   static __device__ __forceinline__ void multiply_add(float* d, const Left& a, const Right& b) {
     ptx::mma_tf32(d, a.word, b.word[0], b.word[1]);
   }
@@ -79,6 +85,11 @@ struct SplitTf32Numbers : FloatNumbers {
     split(b0, r.big[0], r.small[0]);
     split(b1, r.big[1], r.small[1]);
     return r;
+  }
+  static __device__ __forceinline__ void multiply(float* d, const Left& a, const Right& b) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) d[e] = 0;
+    multiply_add(d, a, b);
   }
   // Tensor cores add by truncation, which over a long sum drifts far beyond the rounding of float32: they add no more
   // than the products of one step.

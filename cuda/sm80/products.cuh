@@ -25,31 +25,43 @@ __device__ __forceinline__ uint32_t right_address(uint32_t tile, int lane) {
 
 // ---- products along the rows: scores[block] += left[block] right^T
 
-// load_left(block, step, fragment) gives the left side. right: of right_address().
+// One step of them. load_left(block, fragment) gives the left side; right: its first rows, of right_address() and moved
+// along the rows.
 template <class Numbers, class RightTile, int kBlocks, int kCount, typename LoadLeft>
-__device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount], uint32_t right, LoadLeft load_left) {
-  constexpr int kSteps = RightTile::kRowBytes / 32;
-  static_assert(kCount == RightTile::kRows / 2, "a fragment of as many columns as the right side has rows");
-#pragma unroll Numbers::kUnrolledSteps
-  for (int k = 0; k < kSteps; ++k) {
-    typename Numbers::Left left[kBlocks];
+__device__ __forceinline__ void add_row_products_step(float (&scores)[kBlocks][kCount], uint32_t right, bool from_zero,
+                                                      LoadLeft load_left) {
+  static_assert(kCount <= RightTile::kRows / 2, "a fragment of no more columns than the right side has rows");
+  typename Numbers::Left left[kBlocks];
 #pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-      Fragment a;
-      load_left(m, k, a);
-      left[m] = Numbers::left(a);
-    }
+  for (int m = 0; m < kBlocks; ++m) {
+    Fragment a;
+    load_left(m, a);
+    left[m] = Numbers::left(a);
+  }
 #pragma unroll
-    for (int j = 0; j < RightTile::kRows / 16; ++j) {
-      Fragment b;
-      ptx::load_matrix_x4(b, RightTile::moved(right, 16 * j, k));
+  for (int j = 0; j < kCount / 8; ++j) {
+    Fragment b;
+    ptx::load_matrix_x4(b, RightTile::moved(right, 16 * j, 0));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto r = Numbers::right(b[2 * half], b[2 * half + 1]);
+    for (int half = 0; half < 2; ++half) {
+      const auto r = Numbers::right(b[2 * half], b[2 * half + 1]);
 #pragma unroll
-        for (int m = 0; m < kBlocks; ++m) Numbers::multiply_add(&scores[m][8 * j + 4 * half], left[m], r);
+      for (int m = 0; m < kBlocks; ++m) {
+        float* const sums = &scores[m][8 * j + 4 * half];
+        from_zero ? Numbers::multiply(sums, left[m], r) : Numbers::multiply_add(sums, left[m], r);
       }
     }
+  }
+}
+
+// All steps. load_left(block, step, fragment) gives the left side. right: of right_address(), for as many rows as there
+// are scores.
+template <class Numbers, class RightTile, int kBlocks, int kCount, typename LoadLeft>
+__device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount], uint32_t right, LoadLeft load_left) {
+#pragma unroll Numbers::kUnrolledSteps
+  for (int k = 0; k < RightTile::kRowBytes / 32; ++k) {
+    add_row_products_step<Numbers, RightTile>(scores, RightTile::moved(right, 0, k), false,
+                                              [&](int m, Fragment& a) { load_left(m, k, a); });
   }
 }
 
@@ -68,11 +80,11 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[kBlocks][kSums],
                                                   const float (&weights)[kBlocks][kCount], uint32_t right) {
   using T = typename Numbers::Element;
   constexpr int kSteps = 2 * kSums / Numbers::kStepChannels;
-  static_assert(kCount == RightTile::kRows / 2, "a weight for each row of the right side");
+  static_assert(kCount <= RightTile::kRows / 2, "no more weights than the right side has rows");
   static_assert(32 * kSteps <= RightTile::kRowBytes, "a channel for each sum");
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int j = 0; j < RightTile::kRows / 16; ++j) {
+    for (int j = 0; j < kCount / 8; ++j) {
       typename Numbers::Left left[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {
@@ -99,7 +111,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[kBlocks][kSums],
     // They differ in the last bit of the permutation, so that the second is one row further with chunks exchanged.
     const uint32_t odd = (right ^ 16) + RightTile::kPanelBytes;
 #pragma unroll
-    for (int j = 0; j < RightTile::kRows / 8; ++j) {
+    for (int j = 0; j < kCount / 4; ++j) {
       typename Numbers::Left left[kBlocks];
 #pragma unroll
       for (int m = 0; m < kBlocks; ++m) {

@@ -61,7 +61,7 @@ struct SmallForward {
     __syncthreads();
     copy_rows<Rows, kThreads>(ptx::shared_address(smem.query), params.query,
                               first_row(params.query, tile.batch, tile.head),
-                              [&](int row) { return smem.tables.row_position[row]; });
+                              [&](int row) { return smem.tables.row_position(params, row); });
     const uint32_t keys = ptx::shared_address(smem.query) + params.boxes, values = keys + params.box_bytes;
     copy_box(keys, params.key);
     ptx::copy_async_commit();
@@ -194,13 +194,13 @@ struct SmallForward {
     store_fragments<Numbers, Rows>(staged, 16 * warp, lane, out, normalizer);
     const int i = lane % 4;  // two lanes of four write a row's each
     const float lse = i == 0 ? softmax.log_sum_exp(0) : softmax.log_sum_exp(1);
-    const int position = i < 2 ? smem.tables.row_position[16 * warp + 8 * i + lane / 4] : -1;
+    const int position = i < 2 ? smem.tables.row_position(params, 16 * warp + 8 * i + lane / 4) : -1;
     if (position >= 0) {
       params.lse[(tile.batch * params.positions + position) * params.heads + tile.head] = lse;
     }
     __syncwarp();
     write_rows<Rows, T, 16>(staged, params.out, first_row(params.out, tile.batch, tile.head), 16 * warp, lane,
-                            [&](int row) { return smem.tables.row_position[row]; });
+                            [&](int row) { return smem.tables.row_position(params, row); });
   }
 };
 

@@ -5,6 +5,9 @@
 // pass of the backward it is the other way round (Walk::kQueriesOfKeys), as everywhere in tiling.h.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "../common/key_mask.h"
 #include "../common/tiling.h"
 #include "fused_params.h"
@@ -18,9 +21,10 @@ struct TileTables {
 
   QueryTile tile;
   Part parts[kParts];
-  uint32_t mask[4 * (kColumns + 1 + 2 + 2)];
-  Interval partners[kRows + 2];  // of the rows along axis 0, then 1, then 2; relative to the tile's first column
-  int row_position[kRows];       // -1: outside the grid
+  using MaskWord = std::conditional_t<(kColumns <= 64), uint16_t, uint32_t>;
+  MaskWord mask[4 * (kColumns + 1 + 2 + 2)];
+  Interval partners[kRows + 2];   // of the rows along axis 0, then 1, then 2; relative to the tile's first column
+  int column_position[kColumns];  // relative to that of the first one; -1: there is no such column
   int column_bias[kBias ? kColumns : 1];  // entry of the bias table, likewise
 
   // All threads call it; false if the tile of that index holds nothing. The tables can be read after a barrier.
@@ -35,17 +39,10 @@ struct TileTables {
       query_part_offset(params.schedule.axes, threadIdx.x, offset);
       parts[threadIdx.x] = Part(params.schedule.axes, tile, offset);
     }
-    for (int r = threadIdx.x; r < kRows; r += kThreads) {
-      const TilePlace place = params.places.rows[r];
-      bool inside = place.exists();
-      int position = 0;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        const int x = tile.query[a] + place[a];
-        inside = inside && x < tile.length[a];
-        position += x * steps.group[a] + tile.phase[a] * steps.grid[a];
-      }
-      row_position[r] = inside ? position : -1;
+    for (int n = threadIdx.x; n < kColumns; n += kThreads) {
+      const TilePlace place = params.places.columns[n];
+      const int* step = steps.group;
+      column_position[n] = place.exists() ? place[0] * step[0] + place[1] * step[1] + place[2] * step[2] : -1;
     }
     for (int n = threadIdx.x; kBias && n < kColumns; n += kThreads) {
       const TilePlace place = params.places.columns[n];
@@ -62,23 +59,43 @@ struct TileTables {
       }
       first += axis.query_tile;
     }
-    for (int i = threadIdx.x; i < params.places.mask_layout.words; i += kThreads) mask[i] = params.places.mask_table[i];
+    for (int i = threadIdx.x; i < params.places.mask_layout.words; i += kThreads)
+      mask[i] = MaskWord(params.places.mask_table[i]);
     return true;
+  }
+
+  // Position of a row; -1: outside the grid.
+  __device__ __forceinline__ int row_position(const FusedParams& params, int row) const {
+    const TilePlace place = params.places.rows[row];
+    bool inside = place.exists();
+    int position = 0;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const int x = tile.query[a] + place[a];
+      inside = inside & (x < tile.length[a]);
+      position += x * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
+    }
+    return inside ? position : -1;
   }
 
   // Positions of the columns of the tile at `begin`, as a function of the column: -1 for those that no row sees.
   __device__ __forceinline__ auto positions(const FusedParams& params, const int* begin) const {
-    int first = 0;
+    int first = 0, left[kMaxRank];
+    bool whole = true;  // all columns that exist are seen
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       first += (tile.key[a] + begin[a]) * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
+      left[a] = tile.extent[a] - begin[a];
+      whole = whole & (params.schedule.axes[a].key_tile <= left[a]);
     }
-    const int left0 = tile.extent[0] - begin[0], left1 = tile.extent[1] - begin[1], left2 = tile.extent[2] - begin[2];
-    return [&params, first, left0, left1, left2](int column) {
-      const TilePlace place = params.places.columns[column];
-      const bool seen = place.exists() && place[0] < left0 && place[1] < left1 && place[2] < left2;
-      const int (&step)[kMaxRank] = params.steps.group;
-      return seen ? first + place[0] * step[0] + place[1] * step[1] + place[2] * step[2] : -1;
+    return [this, &params, first, whole, left0 = left[0], left1 = left[1], left2 = left[2]](int column) {
+      const int relative = column_position[column];
+      bool seen = relative >= 0;
+      if (!whole) {
+        const TilePlace place = params.places.columns[column];
+        seen = seen & (place[0] < left0) & (place[1] < left1) & (place[2] < left2);
+      }
+      return seen ? first + relative : -1;
     };
   }
 
