@@ -409,18 +409,15 @@ struct FusedBackward {
       for (int k = 0; k < ColumnTile::kRowBytes / 32; ++k) {
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-          add_row_products_step<Numbers, ColumnTile>(side == 0 ? scores : d_probs, ColumnTile::moved(right[side], 0, k),
-                                                     k == 0, [&](int m, Fragment& a) { load_left(side, m, k, a); });
+          add_row_products<Numbers, ColumnTile>(side == 0 ? scores : d_probs, ColumnTile::moved(right[side], 0, k),
+                                                k == 0, [&](int m, Fragment& a) { load_left(side, m, k, a); });
         }
       }
     } else {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        Scores& products = side == 0 ? scores : d_probs;
-#pragma unroll
-        for (int e = 0; e < kBlocks * kChunk / 2; ++e) products[e / (kChunk / 2)][e % (kChunk / 2)] = 0;
-        add_row_products<Numbers, ColumnTile>(products, right[side],
-                                              [&](int m, int k, Fragment& a) { load_left(side, m, k, a); });
+        multiply_rows<Numbers, ColumnTile>(side == 0 ? scores : d_probs, right[side],
+                                           [&](int m, int k, Fragment& a) { load_left(side, m, k, a); });
       }
     }
   }

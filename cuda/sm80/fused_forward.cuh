@@ -264,13 +264,8 @@ struct FusedForward {
     if (tile_class == TileClass::kSkip) return;
 
     Scores scores;
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-      for (int e = 0; e < kKeys / 2; ++e) scores[m][e] = 0;
-    }
-    add_row_products<Numbers, KeyTileRows>(scores, right_address<KeyTileRows>(ptx::shared_address(stage.key), lane),
-                                           [&](int m, int k, Fragment& a) { queries.load(m, k, a); });
+    multiply_rows<Numbers, KeyTileRows>(scores, right_address<KeyTileRows>(ptx::shared_address(stage.key), lane),
+                                        [&](int m, int k, Fragment& a) { queries.load(m, k, a); });
 
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {

@@ -23,13 +23,13 @@ __device__ __forceinline__ uint32_t right_address(uint32_t tile, int lane) {
   return tile + Tile::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-// ---- products along the rows: scores[block] += left[block] right^T
+// ---- products along the rows: of left[block] and right^T
 
-// One step of them. load_left(block, fragment) gives the left side; right: its first rows, of right_address() and moved
-// along the rows.
+// scores += one step of them, or become it. load_left(block, fragment) gives the left side. right: of right_address(),
+// moved along the rows.
 template <class Numbers, class RightTile, int kBlocks, int kCount, typename LoadLeft>
-__device__ __forceinline__ void add_row_products_step(float (&scores)[kBlocks][kCount], uint32_t right, bool from_zero,
-                                                      LoadLeft load_left) {
+__device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount], uint32_t right, bool from_zero,
+                                                 LoadLeft load_left) {
   static_assert(kCount <= RightTile::kRows / 2, "a fragment of no more columns than the right side has rows");
   typename Numbers::Left left[kBlocks];
 #pragma unroll
@@ -54,14 +54,20 @@ __device__ __forceinline__ void add_row_products_step(float (&scores)[kBlocks][k
   }
 }
 
-// All steps. load_left(block, step, fragment) gives the left side. right: of right_address(), for as many rows as there
-// are scores.
+// scores = left right^T, all steps. load_left(block, step, fragment) gives the left side. right: of right_address(),
+// for as many rows as there are scores.
 template <class Numbers, class RightTile, int kBlocks, int kCount, typename LoadLeft>
-__device__ __forceinline__ void add_row_products(float (&scores)[kBlocks][kCount], uint32_t right, LoadLeft load_left) {
+__device__ __forceinline__ void multiply_rows(float (&scores)[kBlocks][kCount], uint32_t right, LoadLeft load_left) {
+  constexpr int kSteps = RightTile::kRowBytes / 32;
+  constexpr bool kFromZero = Numbers::kUnrolledSteps >= kSteps;
+  if constexpr (!kFromZero) {
+#pragma unroll
+    for (int e = 0; e < kBlocks * kCount; ++e) scores[e / kCount][e % kCount] = 0;
+  }
 #pragma unroll Numbers::kUnrolledSteps
-  for (int k = 0; k < RightTile::kRowBytes / 32; ++k) {
-    add_row_products_step<Numbers, RightTile>(scores, RightTile::moved(right, 0, k), false,
-                                              [&](int m, Fragment& a) { load_left(m, k, a); });
+  for (int k = 0; k < kSteps; ++k) {
+    add_row_products<Numbers, RightTile>(scores, RightTile::moved(right, 0, k), kFromZero && k == 0,
+                                         [&](int m, Fragment& a) { load_left(m, k, a); });
   }
 }
 
