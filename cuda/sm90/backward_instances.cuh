@@ -3,6 +3,7 @@
 
 #include "backward_instances.h"
 #include "backward_tiles.cuh"
+#include "plan.h"
 
 namespace jax_natten::sm90 {
 
@@ -17,7 +18,7 @@ BackwardInstance backward_instance_of() {
 template <class Pass, typename T, int kDim, bool kSmall>
 BackwardInstance backward_instance_of(int rank, bool extended) {
   return extended    ? backward_instance_of<Pass, T, kDim, 3, kSmall, true>()
-         : rank == 1 ? backward_instance_of<Pass, T, kDim, 1, kSmall, false>()
+         : rank == 1 ? backward_instance_of<Pass, T, kDim, least_rank(kDim), kSmall, false>()
          : rank == 2 ? backward_instance_of<Pass, T, kDim, 2, kSmall, false>()
                      : backward_instance_of<Pass, T, kDim, 3, kSmall, false>();
 }

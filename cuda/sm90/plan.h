@@ -11,6 +11,10 @@
 
 namespace jax_natten::sm90 {
 
+// The fewest axes that kernels for a compiled head dimension know. A problem with fewer has axes of length 1 in front:
+// for the head dimensions that models seldom have, not worth the compilation.
+constexpr int least_rank(int dim) { return dim == 96 || dim > 128 ? 2 : 1; }
+
 // Kernels for large windows (wide_forward.cuh), small ones (warp_forward.cuh) and those between (middle_forward.cuh).
 // The numbers are a wire format.
 enum class Structure { kWide = 0, kWarp = 1, kMiddle = 2 };

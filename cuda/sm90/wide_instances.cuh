@@ -1,6 +1,7 @@
 // Instantiates the wide kernel for one head dimension.
 #pragma once
 
+#include "plan.h"
 #include "wide_forward.cuh"
 #include "wide_instances.h"
 
@@ -16,7 +17,7 @@ WarpgroupInstance wide_instance_of() {
 template <typename T, int kDim>
 WarpgroupInstance wide_instance_of(int rank, bool extended) {
   return extended    ? wide_instance_of<T, kDim, 3, true>()
-         : rank == 1 ? wide_instance_of<T, kDim, 1>()
+         : rank == 1 ? wide_instance_of<T, kDim, least_rank(kDim)>()
          : rank == 2 ? wide_instance_of<T, kDim, 2>()
                      : wide_instance_of<T, kDim, 3>();
 }
