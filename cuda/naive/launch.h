@@ -37,6 +37,9 @@ cudaError_t with_layout_of(int64_t size, bool aligned, F&& launch) {
     if (size <= 4 * kPack) return launch(TypeOf<T>(), Layout<kPack, 4, 1, true>());
     if (size <= 8 * kPack) return launch(TypeOf<T>(), Layout<kPack, 4, 2, true>());
     if (size <= 16 * kPack) return launch(TypeOf<T>(), Layout<kPack, 8, 2, true>());
+    if constexpr (sizeof(T) == 4) {  // rows of 128, as 16-bit types have above
+      if (size <= 32 * kPack) return launch(TypeOf<T>(), Layout<kPack, 16, 2, true>());
+    }
   }
   return launch(TypeOf<T>(), Layout<kPack, 32, sizeof(T) == 8 ? 2 : 4, false>());
 }
