@@ -21,6 +21,7 @@
 #include "backward_params.h"
 #include "backward_shape.h"
 #include "products.cuh"
+#include "row_delta.cuh"
 #include "rows.cuh"
 #include "tile_tables.cuh"
 
@@ -169,47 +170,13 @@ struct FusedBackward {
     }
   }
 
-  // Writes delta of this thread's rows. Their lse is counted in powers of two. Rows outside the grid have zeros.
+  // Writes delta of this thread's rows.
   __device__ __forceinline__ void find_delta(float (&row_lse)[2], float (&row_delta)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int position = smem.tables.row_position[row_of_thread(i)];
-      row_lse[i] = row_delta[i] = 0;
-      float sum = 0;
-      if (position >= 0) {
-        const int64_t at = index(position, tile.head);
-        sum =
-            quarter_of_product(first_row(params.out, tile.batch, tile.head) + position * params.out.position_step,
-                               first_row(params.d_out, tile.batch, tile.head) + position * params.d_out.position_step);
-        row_lse[i] = params.lse[at] * kLog2E;
-        row_delta[i] = params.d_lse[at];
-      }
-      row_delta[i] = quad_sum(sum) - row_delta[i];
-      if (position >= 0 && lane % 4 == 0 && warp % kSplits == 0) {
-        params.delta[index(position, tile.head)] = row_delta[i];
-      }
+      find_row_delta<T>(params, tile, smem.tables.row_position[row_of_thread(i)], lane, warp % kSplits == 0, row_lse[i],
+                        row_delta[i]);
     }
-  }
-
-  // This lane's quarter of the inner product of two rows in memory.
-  __device__ __forceinline__ float quarter_of_product(const char* x, const char* y) const {
-    constexpr int kChunk = 16 / sizeof(T);
-    float sum = 0;
-    if (params.out.copy_bytes == 16 && params.d_out.copy_bytes == 16) {
-      for (int c = lane % 4 * 16; c < params.out.bytes; c += 64) {
-        const uint4 u = *reinterpret_cast<const uint4*>(x + c), v = *reinterpret_cast<const uint4*>(y + c);
-        T a[kChunk], b[kChunk];
-        memcpy(a, &u, 16);
-        memcpy(b, &v, 16);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) sum += float(a[e]) * float(b[e]);
-      }
-    } else {
-      for (int c = lane % 4; c < params.value_dim; c += 4) {
-        sum += float(reinterpret_cast<const T*>(x)[c]) * float(reinterpret_cast<const T*>(y)[c]);
-      }
-    }
-    return sum;
   }
 
   // ---- the columns that pass by

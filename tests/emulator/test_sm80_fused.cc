@@ -67,7 +67,7 @@ Plan random_plan(std::mt19937& random, const FusedShape& shape, const char* (*wh
   const int rank = shape.neighborhood.rank;
   for (int attempt = 0; attempt < 300; ++attempt) {
     Plan plan;
-    if (fallback.structure == sm80::Structure::kSmall && random() % 2) plan.structure = fallback.structure;
+    if (random() % 2) plan.structure = sm80::Structure::kSmall;
     const int warps = random() % 8 ? 4 : random() % 4 ? 2 : 1;
     plan.rows = warps < 4 ? 16 * warps : random() % 2 ? 64 : 128;
     random_tile(random, rank, plan.rows / warps, plan.query_part);

@@ -1,0 +1,268 @@
+// Fused neighborhood attention backward for small windows, on every GPU from compute capability 8.0 on: the maths and
+// the two passes of fused_backward.cuh in the structure of small_forward.cuh.
+//
+// A CTA of four warps owns 64 rows (queries, or keys in the key pass) and copies the box of all columns that they see
+// (keys with their values; or queries with d_out, lse and delta) to shared memory. Each warp goes through the list of
+// the columns that its own 16 rows see, gathering 16 of them at a time. Since the softmax is known already, nothing but
+// the sums outlives such a group, so that lists may be of any length. A list is walked over in segments, boxes of up to
+// kMostColumns columns which have a mask in one word of each lane; groups of which no row sees a column are skipped.
+#pragma once
+
+#include "../common/ptx.h"
+#include "backward_shape.h"
+#include "products.cuh"
+#include "row_delta.cuh"
+#include "rows.cuh"
+#include "small_box.cuh"
+#include "small_params.h"
+#include "small_shape.h"
+#include "tile_tables.cuh"
+
+namespace jax_natten::sm80 {
+
+template <class Numbers_, int kDim_, Pass kPass>
+struct SmallBackwardTraits {
+  using Numbers = Numbers_;
+  using T = typename Numbers::Element;
+  static constexpr int kDim = kDim_, kThreads = 32 * kSmallWarps, kSteps = kDim / 16;
+  static constexpr Walk kWalk = walk_of(kPass);
+  static constexpr bool kKeyPass = kPass == Pass::kKeys;
+  static constexpr int kLeastCtas = small_backward_ctas(kDim, kPass);
+  using Rows = SharedTile<kSmallRows, kDim* int(sizeof(T))>;  // of a box, too, whose number of rows is free
+  using Group = SharedTile<16, kDim* int(sizeof(T))>;         // of 16 columns, wherever they lie
+  static_assert(sizeof(T) == 2 && Rows::kPanels == 1, "rows of a box must be single panels");
+
+  struct Shared {
+    TileTables<kSmallRows, kMostColumns, kWalk, true, kSmallWarps> tables;
+    int list_row[kMostColumns];  // in the box, relative to the segment's first column
+    // Of each kind of rows there are two: what scores come from, and what d_probs come from. Behind these lie the boxes
+    // of the columns, in the same order, and those of their lse and delta.
+    alignas(128) uint8_t score_side[Rows::kBytes];  // queries, or keys; later their gradients
+    alignas(128) uint8_t prob_side[Rows::kBytes];   // d_out, or values; later the gradients of values
+  };
+};
+
+template <class Traits>
+struct SmallBackward {
+  using Numbers = typename Traits::Numbers;
+  using T = typename Traits::T;
+  using Shared = typename Traits::Shared;
+  using Rows = typename Traits::Rows;
+  using Group = typename Traits::Group;
+  static constexpr int kDim = Traits::kDim, kSteps = Traits::kSteps, kThreads = Traits::kThreads;
+  static constexpr bool kKeyPass = Traits::kKeyPass;
+  using Left = typename Numbers::Left[kSteps];
+  using Sums = float[1][kDim / 2];
+  using Scores = float[1][8];  // of a group
+
+  const SmallBackwardParams& params;
+  Shared& smem;
+  const int warp, lane;
+  const QueryTile& tile;
+  const uint32_t boxes;  // address of the first one
+
+  __device__ SmallBackward(const SmallBackwardParams& params, Shared& smem)
+      : params(params),
+        smem(smem),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        tile(smem.tables.tile),
+        boxes(ptx::shared_address(&smem) + uint32_t(sizeof(Shared))) {}
+
+  __device__ void run() {
+    if (!smem.tables.template fill<kThreads>(params, blockIdx.x)) return;
+    for (int n = threadIdx.x; n < kMostColumns; n += kThreads) {
+      const TilePlace place = params.places.columns[n];
+      smem.list_row[n] = row_of_box(place[0], place[1], place[2]);
+    }
+    __syncthreads();
+    copy_staying_rows(smem.score_side, kKeyPass ? params.key : params.query);
+    copy_staying_rows(smem.prob_side, kKeyPass ? params.value : params.d_out);
+
+    float row_lse[2], row_delta[2];
+    Sums d_score_side, d_prob_side;
+#pragma unroll
+    for (int e = 0; e < kDim / 2; ++e) d_score_side[0][e] = d_prob_side[0][e] = 0;
+    const int first = kKeyPass ? tile.head * params.schedule.by_group.divisor : tile.head;
+    const int end = kKeyPass ? first + params.schedule.by_group.divisor : first + 1;
+    for (int head = first; head < end; ++head) {  // of queries
+      copy_boxes(head);
+      ptx::copy_async_commit();
+      if (!kKeyPass) find_delta(row_lse, row_delta);
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      if (smem.tables.parts[warp].live) add_list(head, row_lse, row_delta, d_score_side, d_prob_side);
+      if (head + 1 < end) __syncthreads();  // all warps are done with the boxes
+    }
+    if (!smem.tables.parts[warp].live) return;
+    write(smem.score_side, d_score_side, params.problem_scale, kKeyPass ? params.d_key : params.d_query);
+    if (kKeyPass) write(smem.prob_side, d_prob_side, 1.f, params.d_value);
+  }
+
+ private:
+  __device__ __forceinline__ int row_of_box(int x0, int x1, int x2) const {
+    return (x0 * params.box[1] + x1) * params.box[2] + x2;
+  }
+  __device__ __forceinline__ int row_of_thread(int i) const { return 16 * warp + 8 * i + lane / 4; }
+
+  // ---- copies
+
+  __device__ __forceinline__ void copy_staying_rows(uint8_t (&rows)[Rows::kBytes], const RowArray& array) {
+    copy_rows<Rows, kThreads>(ptx::shared_address(rows), array, first_row(array, tile.batch, tile.head),
+                              [&](int row) { return smem.tables.row_position[row]; });
+  }
+
+  // Of a query head.
+  __device__ __forceinline__ void copy_boxes(int head) {
+    const int column_head = kKeyPass ? head : params.schedule.by_group.quotient(head);
+    const RowArray &scores = kKeyPass ? params.query : params.key, &probs = kKeyPass ? params.d_out : params.value;
+    const char* const score_rows = first_row(scores, tile.batch, column_head);
+    const char* const prob_rows = first_row(probs, tile.batch, column_head);
+    const int64_t first = int64_t(tile.batch) * params.positions * params.heads + head;  // of lse and delta
+    for_each_box_chunk<Rows, kThreads>(params, params, tile, [&](int row, int chunk, int position) {
+      copy_box_chunk<Rows>(boxes, scores, score_rows, row, chunk, position);
+      copy_box_chunk<Rows>(boxes + params.box_bytes, probs, prob_rows, row, chunk, position);
+      if (kKeyPass && chunk < 2) {
+        const int64_t at = first + int64_t(imax(position, 0)) * params.heads;
+        ptx::copy_async<4>(numbers_of(row) + 4 * chunk, (chunk == 0 ? params.lse : params.delta) + at, position >= 0);
+      }
+    });
+  }
+
+  // Address of the lse and delta of a row of the box.
+  __device__ __forceinline__ uint32_t numbers_of(int row) const { return boxes + 2 * params.box_bytes + 8 * row; }
+
+  __device__ __forceinline__ void find_delta(float (&row_lse)[2], float (&row_delta)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      find_row_delta<T>(params, tile, smem.tables.row_position[row_of_thread(i)], lane, true, row_lse[i], row_delta[i]);
+    }
+  }
+
+  // ---- products with the columns of the warp's list
+
+  struct Segment {
+    int first;             // row of its first column in the box
+    uint32_t seen[2];      // columns that this thread's rows see, shifted so that the present group comes first
+    const float* bias[2];  // entries of the first column
+  };
+
+  __device__ __forceinline__ void add_list(int head, const float (&row_lse)[2], const float (&row_delta)[2],
+                                           Sums& d_score_side, Sums& d_prob_side) {
+    Left score_left, prob_left;
+    load_left(smem.score_side, score_left);
+    load_left(smem.prob_side, prob_left);
+    const auto& span = smem.tables.parts[warp].span;
+    const int extent[kMaxRank] = {span[0].any.end - span[0].any.begin, span[1].any.end - span[1].any.begin,
+                                  span[2].any.end - span[2].any.begin};
+    KeyTileCursor<kMaxRank> cursor;
+    do {
+      Segment segment = segment_at({span[0].any.begin + cursor.begin[0], span[1].any.begin + cursor.begin[1],
+                                    span[2].any.begin + cursor.begin[2]},
+                                   head);
+#pragma unroll 1
+      for (int group = 0; group < params.groups; ++group) {
+        if (__any_sync(~0u, (segment.seen[0] | segment.seen[1]) & 15)) {
+          add_group(segment, 16 * group, score_left, prob_left, row_lse, row_delta, d_score_side, d_prob_side);
+        }
+        segment.seen[0] >>= 4;
+        segment.seen[1] >>= 4;
+      }
+    } while (cursor.next(params.schedule.axes, extent));
+  }
+
+  __device__ __forceinline__ void load_left(const uint8_t (&rows)[Rows::kBytes], Left& left) const {
+    const uint32_t address = left_address<Rows>(ptx::shared_address(rows), 16 * warp, lane);
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      Fragment a;
+      ptx::load_matrix_x4(a, Rows::moved(address, 0, k));
+      left[k] = Numbers::left(a);
+    }
+  }
+
+  __device__ __forceinline__ Segment segment_at(const int (&begin)[kMaxRank], int head) const {
+    Segment segment;
+    segment.first = row_of_box(begin[0], begin[1], begin[2]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of_thread(i);
+      segment.seen[i] = smem.tables.word(params, begin, row, lane % 4);
+      segment.bias[i] = nullptr;
+      if (params.bias != nullptr) {
+        segment.bias[i] = bias_table(params, tile.batch, head) + smem.tables.bias_entry(params, begin, row);
+      }
+    }
+    return segment;
+  }
+
+  // 16 columns of a segment, from `begin` on.
+  __device__ __forceinline__ void add_group(const Segment& segment, int begin, const Left& score_left,
+                                            const Left& prob_left, const float (&row_lse)[2],
+                                            const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
+    // A segment may overhang the box, in columns that nobody sees.
+    const int last = params.box[0] * params.box[1] * params.box[2] - 1;
+    const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], last);
+    const uint32_t score_side = boxes + Rows::place(box_row, lane / 16), prob_side = score_side + params.box_bytes;
+    Scores probs, d_scores;
+    multiply(score_left, score_side, probs[0]);
+    multiply(prob_left, prob_side, d_scores[0]);
+#pragma unroll
+    for (int bit = 0; bit < 4; ++bit) {
+      const int column = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+      float2 numbers;
+      if (kKeyPass) numbers = ptx::load_pair(numbers_of(__shfl_sync(~0u, box_row, column)));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int e = bit / 2 * 4 + 2 * i + bit % 2;
+        const bool seen = segment.seen[i] >> bit & 1;
+        float offset = kKeyPass ? numbers.x * -kLog2E : -row_lse[i];
+        if (params.bias != nullptr && seen) {
+          const int entry = smem.tables.column_bias[begin + column];
+          offset = fmaf(__ldg(segment.bias[i] + (kKeyPass ? -entry : entry)), kLog2E, offset);
+        }
+        const float p = ptx::exp2_approximate(fmaf(probs[0][e], params.scale, offset));
+        const float delta = kKeyPass ? numbers.y : row_delta[i];
+        probs[0][e] = seen ? p : 0.f;
+        d_scores[0][e] = seen ? p * (d_scores[0][e] - delta) : 0.f;
+      }
+    }
+    if (kKeyPass) add_weighted_rows<Numbers, Group>(d_prob_side, probs, prob_side);
+    add_weighted_rows<Numbers, Group>(d_score_side, d_scores, score_side);
+  }
+
+  // products = left columns^T. The lanes' addresses are those of add_weighted_rows(), so that ldmatrix reads (columns
+  // 0-7, channels 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+  __device__ __forceinline__ void multiply(const Left& left, uint32_t columns, float (&products)[8]) const {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) products[e] = 0;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      Fragment b;
+      ptx::load_matrix_x4(b, Group::moved(columns, 0, k));
+      Numbers::multiply_add(&products[0], left[k], Numbers::right(b[0], b[2]));
+      Numbers::multiply_add(&products[4], left[k], Numbers::right(b[1], b[3]));
+    }
+  }
+
+  // ---- results, through the places of the warp's rows
+
+  __device__ __forceinline__ void write(uint8_t (&rows)[Rows::kBytes], const Sums& sums, float factor,
+                                        const RowArray& array) {
+    const float factors[2] = {factor, factor};
+    const uint32_t staged = ptx::shared_address(rows);
+    store_fragments<Numbers, Rows>(staged, 16 * warp, lane, sums[0], factors);
+    __syncwarp();
+    write_rows<Rows, T, 16>(staged, array, first_row(array, tile.batch, tile.head), 16 * warp, lane,
+                            [&](int row) { return smem.tables.row_position[row]; });
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastCtas)
+    small_backward_kernel(const __grid_constant__ SmallBackwardParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  SmallBackward<Traits>(params, *reinterpret_cast<typename Traits::Shared*>(shared_memory)).run();
+}
+
+}  // namespace jax_natten::sm80
