@@ -1,11 +1,12 @@
 // Fused neighborhood attention backward for small windows, on every GPU from compute capability 8.0 on: the maths and
 // the two passes of fused_backward.cuh in the structure of small_forward.cuh.
 //
-// A CTA of four warps owns 64 rows (queries, or keys in the key pass) and copies the box of all columns that they see
-// (keys with their values; or queries with d_out, lse and delta) to shared memory. Each warp goes through the list of
-// the columns that its own 16 rows see, gathering 16 of them at a time. Since the softmax is known already, nothing but
-// the sums outlives such a group, so that lists may be of any length. A list is walked over in segments, boxes of up to
-// kMostColumns columns which have a mask in one word of each lane; groups of which no row sees a column are skipped.
+// A CTA of four warps owns 64 rows (queries, or keys in the key pass) and copies a box of the columns that they see
+// (keys with their values; or queries with d_out, lse and delta) to shared memory: all of them, or as many as leave
+// room for other CTAs, whose work hides the copies. Of each box, a warp goes through the list of the columns that its
+// own 16 rows see, gathering 16 of them at a time. Since the softmax is known already, nothing but the sums outlives
+// such a group, so that lists may be of any length. A list is walked over in segments, boxes of up to kMostColumns
+// columns which have a mask in one word of each lane; groups of which no row sees a column are skipped.
 #pragma once
 
 #include "../common/ptx.h"
@@ -35,6 +36,8 @@ struct SmallBackwardTraits {
   struct Shared {
     TileTables<kSmallRows, kMostColumns, kWalk, true, kSmallWarps> tables;
     int list_row[kMostColumns];  // in the box, relative to the segment's first column
+    // Where the CTA is: the box, relative to QueryTile::key, and the head of the queries. Here they take no registers.
+    int box[kMaxRank], head;
     // Of each kind of rows there are two: what scores come from, and what d_probs come from. Behind these lie the boxes
     // of the columns, in the same order, and those of their lse and delta.
     alignas(128) uint8_t score_side[Rows::kBytes];  // queries, or keys; later their gradients
@@ -75,6 +78,10 @@ struct SmallBackward {
       const TilePlace place = params.places.columns[n];
       smem.list_row[n] = row_of_box(place[0], place[1], place[2]);
     }
+    if (threadIdx.x == 0) {
+      for (int& begin : smem.box) begin = 0;
+      smem.head = kKeyPass ? tile.head * params.schedule.by_group.divisor : tile.head;
+    }
     __syncthreads();
     copy_staying_rows(smem.score_side, kKeyPass ? params.key : params.query);
     copy_staying_rows(smem.prob_side, kKeyPass ? params.value : params.d_out);
@@ -83,16 +90,17 @@ struct SmallBackward {
     Sums d_score_side, d_prob_side;
 #pragma unroll
     for (int e = 0; e < kDim / 2; ++e) d_score_side[0][e] = d_prob_side[0][e] = 0;
-    const int first = kKeyPass ? tile.head * params.schedule.by_group.divisor : tile.head;
-    const int end = kKeyPass ? first + params.schedule.by_group.divisor : first + 1;
-    for (int head = first; head < end; ++head) {  // of queries
-      copy_boxes(head);
+    for (bool first = true;; first = false) {
+      copy_boxes();
       ptx::copy_async_commit();
-      if (!kKeyPass) find_delta(row_lse, row_delta);
+      if (!kKeyPass && first) find_delta(row_lse, row_delta);
       ptx::copy_async_wait<0>();
       __syncthreads();
-      if (smem.tables.parts[warp].live) add_list(head, row_lse, row_delta, d_score_side, d_prob_side);
-      if (head + 1 < end) __syncthreads();  // all warps are done with the boxes
+      if (smem.tables.parts[warp].live) add_list(row_lse, row_delta, d_score_side, d_prob_side);
+      if (is_last_box()) break;
+      __syncthreads();  // all warps are done with the boxes
+      if (threadIdx.x == 0) move_on();
+      __syncthreads();
     }
     if (!smem.tables.parts[warp].live) return;
     write(smem.score_side, d_score_side, params.problem_scale, kKeyPass ? params.d_key : params.d_query);
@@ -107,19 +115,36 @@ struct SmallBackward {
 
   // ---- copies
 
+  // Goes through the boxes of one head after the other, innermost axis fastest.
+  __device__ __forceinline__ bool is_last_box() const {
+    bool last = !kKeyPass || smem.head + 1 == (tile.head + 1) * params.schedule.by_group.divisor;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) last = last && smem.box[a] + params.box[a] >= tile.extent[a];
+    return last;
+  }
+
+  __device__ __forceinline__ void move_on() {
+#pragma unroll
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      smem.box[a] += params.box[a];
+      if (smem.box[a] < tile.extent[a]) return;
+      smem.box[a] = 0;
+    }
+    ++smem.head;
+  }
+
   __device__ __forceinline__ void copy_staying_rows(uint8_t (&rows)[Rows::kBytes], const RowArray& array) {
     copy_rows<Rows, kThreads>(ptx::shared_address(rows), array, first_row(array, tile.batch, tile.head),
                               [&](int row) { return smem.tables.row_position[row]; });
   }
 
-  // Of a query head.
-  __device__ __forceinline__ void copy_boxes(int head) {
-    const int column_head = kKeyPass ? head : params.schedule.by_group.quotient(head);
+  __device__ __forceinline__ void copy_boxes() {
+    const int column_head = kKeyPass ? smem.head : params.schedule.by_group.quotient(smem.head);
     const RowArray &scores = kKeyPass ? params.query : params.key, &probs = kKeyPass ? params.d_out : params.value;
     const char* const score_rows = first_row(scores, tile.batch, column_head);
     const char* const prob_rows = first_row(probs, tile.batch, column_head);
-    const int64_t first = int64_t(tile.batch) * params.positions * params.heads + head;  // of lse and delta
-    for_each_box_chunk<Rows, kThreads>(params, params, tile, [&](int row, int chunk, int position) {
+    const int64_t first = int64_t(tile.batch) * params.positions * params.heads + smem.head;  // of lse and delta
+    for_each_box_chunk<Rows, kThreads>(params, params, tile, smem.box, [&](int row, int chunk, int position) {
       copy_box_chunk<Rows>(boxes, scores, score_rows, row, chunk, position);
       copy_box_chunk<Rows>(boxes + params.box_bytes, probs, prob_rows, row, chunk, position);
       if (kKeyPass && chunk < 2) {
@@ -142,24 +167,30 @@ struct SmallBackward {
   // ---- products with the columns of the warp's list
 
   struct Segment {
-    int first;             // row of its first column in the box
-    uint32_t seen[2];      // columns that this thread's rows see, shifted so that the present group comes first
-    const float* bias[2];  // entries of the first column
+    int first;         // row of its first column in the box
+    uint32_t seen[2];  // columns that this thread's rows see, shifted so that the present group comes first
+    int bias[2];       // entry of the head's bias table for the first column
   };
 
-  __device__ __forceinline__ void add_list(int head, const float (&row_lse)[2], const float (&row_delta)[2],
-                                           Sums& d_score_side, Sums& d_prob_side) {
+  // Of what the warp's rows see along an axis, the part in the box.
+  __device__ __forceinline__ Interval list(int a) const {
+    const Interval seen = smem.tables.parts[warp].span[a].any;
+    return {imax(seen.begin, smem.box[a]), imin(seen.end, smem.box[a] + params.box[a])};
+  }
+
+  __device__ __forceinline__ void add_list(const float (&row_lse)[2], const float (&row_delta)[2], Sums& d_score_side,
+                                           Sums& d_prob_side) {
     Left score_left, prob_left;
     load_left(smem.score_side, score_left);
     load_left(smem.prob_side, prob_left);
-    const auto& span = smem.tables.parts[warp].span;
-    const int extent[kMaxRank] = {span[0].any.end - span[0].any.begin, span[1].any.end - span[1].any.begin,
-                                  span[2].any.end - span[2].any.begin};
-    KeyTileCursor<kMaxRank> cursor;
+    int begin[kMaxRank];  // of a segment
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      begin[a] = list(a).begin;
+      if (begin[a] >= list(a).end) return;
+    }
     do {
-      Segment segment = segment_at({span[0].any.begin + cursor.begin[0], span[1].any.begin + cursor.begin[1],
-                                    span[2].any.begin + cursor.begin[2]},
-                                   head);
+      Segment segment = segment_at(begin);
 #pragma unroll 1
       for (int group = 0; group < params.groups; ++group) {
         if (__any_sync(~0u, (segment.seen[0] | segment.seen[1]) & 15)) {
@@ -168,7 +199,17 @@ struct SmallBackward {
         segment.seen[0] >>= 4;
         segment.seen[1] >>= 4;
       }
-    } while (cursor.next(params.schedule.axes, extent));
+    } while (next_segment(begin));
+  }
+
+  __device__ __forceinline__ bool next_segment(int (&begin)[kMaxRank]) const {
+#pragma unroll
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      begin[a] += params.schedule.axes[a].key_tile;
+      if (begin[a] < list(a).end) return true;
+      begin[a] = list(a).begin;
+    }
+    return false;
   }
 
   __device__ __forceinline__ void load_left(const uint8_t (&rows)[Rows::kBytes], Left& left) const {
@@ -181,17 +222,19 @@ struct SmallBackward {
     }
   }
 
-  __device__ __forceinline__ Segment segment_at(const int (&begin)[kMaxRank], int head) const {
+  __device__ __forceinline__ Segment segment_at(const int (&begin)[kMaxRank]) const {
     Segment segment;
-    segment.first = row_of_box(begin[0], begin[1], begin[2]);
+    segment.first = row_of_box(begin[0] - smem.box[0], begin[1] - smem.box[1], begin[2] - smem.box[2]);
+    uint32_t inside = ~uint32_t(0);  // columns of the list: a segment may overhang it
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      inside &= key_mask_word(params.places.mask_layout, smem.tables.mask, a, {0, list(a).end - begin[a]}, lane % 4);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of_thread(i);
-      segment.seen[i] = smem.tables.word(params, begin, row, lane % 4);
-      segment.bias[i] = nullptr;
-      if (params.bias != nullptr) {
-        segment.bias[i] = bias_table(params, tile.batch, head) + smem.tables.bias_entry(params, begin, row);
-      }
+      segment.seen[i] = smem.tables.word(params, begin, row, lane % 4) & inside;
+      segment.bias[i] = params.bias != nullptr ? int(smem.tables.bias_entry(params, begin, row)) : 0;
     }
     return segment;
   }
@@ -200,9 +243,8 @@ struct SmallBackward {
   __device__ __forceinline__ void add_group(const Segment& segment, int begin, const Left& score_left,
                                             const Left& prob_left, const float (&row_lse)[2],
                                             const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
-    // A segment may overhang the box, in columns that nobody sees.
     const int last = params.box[0] * params.box[1] * params.box[2] - 1;
-    const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], last);
+    const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], last);  // some row for masked ones
     const uint32_t score_side = boxes + Rows::place(box_row, lane / 16), prob_side = score_side + params.box_bytes;
     Scores probs, d_scores;
     multiply(score_left, score_side, probs[0]);
@@ -218,8 +260,9 @@ struct SmallBackward {
         const bool seen = segment.seen[i] >> bit & 1;
         float offset = kKeyPass ? numbers.x * -kLog2E : -row_lse[i];
         if (params.bias != nullptr && seen) {
-          const int entry = smem.tables.column_bias[begin + column];
-          offset = fmaf(__ldg(segment.bias[i] + (kKeyPass ? -entry : entry)), kLog2E, offset);
+          const int step = smem.tables.column_bias[begin + column];
+          const float* const bias = bias_table(params, tile.batch, smem.head) + segment.bias[i];
+          offset = fmaf(__ldg(bias + (kKeyPass ? -step : step)), kLog2E, offset);
         }
         const float p = ptx::exp2_approximate(fmaf(probs[0][e], params.scale, offset));
         const float delta = kKeyPass ? numbers.y : row_delta[i];

@@ -96,7 +96,7 @@ struct SmallForward {
  private:
   __device__ __forceinline__ void copy_box(uint32_t destination, const RowArray& array) {
     const char* const rows = first_row(array, tile.batch, params.schedule.by_group.quotient(tile.head));
-    for_each_box_chunk<Rows, kThreads>(params, params, tile, [&](int row, int chunk, int position) {
+    for_each_box_chunk<Rows, kThreads>(params, params, tile, {0, 0, 0}, [&](int row, int chunk, int position) {
       copy_box_chunk<Rows>(destination, array, rows, row, chunk, position);
     });
   }

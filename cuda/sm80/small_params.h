@@ -6,9 +6,10 @@
 
 namespace jax_natten::sm80 {
 
-// The box of all columns that a CTA's rows see, which it keeps in shared memory.
+// The box of columns that a CTA keeps in shared memory: in the forward of all that its rows see; in the backward, which
+// goes through them box after box, it may hold fewer.
 struct SmallBox {
-  int box[kMaxRank];  // most columns that a CTA's rows see along an axis
+  int box[kMaxRank];
   FastDivisor by_box1, by_box2;
   int box_bytes;  // of the columns of one array, after which those of the next one lie
 };

@@ -25,8 +25,8 @@ int bytes_of_box(const FusedShape& shape, const int (&box)[kMaxRank]) {
   return int(std::min<int64_t>((bytes + 127) / 128 * 128, INT32_MAX / 4));
 }
 
-void set_up_box(const FusedShape& shape, const Plan& plan, Walk walk, SmallBox& box) {
-  find_box(shape, plan.query_tile, walk, box.box);
+void set_up_box(const FusedShape& shape, const int (&sides)[kMaxRank], SmallBox& box) {
+  std::copy(sides, sides + kMaxRank, box.box);
   box.by_box1 = FastDivisor(box.box[1]);
   box.by_box2 = FastDivisor(box.box[2]);
   box.box_bytes = bytes_of_box(shape, box.box);

@@ -29,11 +29,11 @@ void find_box(const FusedShape& shape, const int (&queries)[kMaxRank], Walk walk
 // Of one array, in shared memory.
 int bytes_of_box(const FusedShape& shape, const int (&box)[kMaxRank]);
 
-// What kernels are told about the box.
-void set_up_box(const FusedShape& shape, const Plan& plan, Walk walk, SmallBox& box);
+// What kernels are told about a box.
+void set_up_box(const FusedShape& shape, const int (&sides)[kMaxRank], SmallBox& box);
 
-// The cheapest plan; false if there is none. cost(list, box): of a tile whose warps' queries see `list` keys along each
-// axis and all of whose queries see `box`, or negative if it does not fit.
+// The cheapest plan; false if there is none. cost(plan, list, box): of a tile whose warps' queries see at most `list`
+// keys along each axis, and all of whose queries see at most `box`; negative if it does not fit.
 template <typename Cost>
 bool search_small(const FusedShape& shape, Walk walk, Cost cost, Plan& plan) {
   const int first = kMaxRank - shape.neighborhood.rank;
@@ -52,29 +52,25 @@ bool search_small(const FusedShape& shape, Walk walk, Cost cost, Plan& plan) {
   double best = -1;
   for_each_factorisation(kLogQueries, first, [&](const int (&part)[kMaxRank]) {
     for_each_factorisation(log2_of(kSmallWarps), first, [&](const int (&warps)[kMaxRank]) {
+      Plan candidate;
+      candidate.structure = Structure::kSmall;
+      candidate.rows = kSmallRows;
       int list[kMaxRank], box[kMaxRank];
       double waste = 1;
       for (int a = 0; a < kMaxRank; ++a) {
+        candidate.query_part[a] = 1 << part[a];
+        candidate.query_tile[a] = 1 << (part[a] + warps[a]);
         list[a] = seen[a][part[a]];
         box[a] = seen[a][part[a] + warps[a]];
         waste *= tiles[a][part[a] + warps[a]];
       }
-      const double of_tile = cost(list, box), all = waste * of_tile;
+      const double of_tile = cost(candidate, list, box), all = waste * of_tile;
       if (of_tile < 0 || (best >= 0 && all >= best)) return;
       best = all;
-      plan.structure = Structure::kSmall;
-      plan.rows = kSmallRows;
-      for (int a = 0; a < kMaxRank; ++a) {
-        plan.query_part[a] = 1 << part[a];
-        plan.query_tile[a] = 1 << (part[a] + warps[a]);
-        plan.key_tile[a] = 1;
-      }
+      plan = candidate;
     });
   });
   return best >= 0;
 }
-
-// Copying a key of the box takes about as long as multiplying half a key of the four lists.
-constexpr double kSmallCopyCost = 0.5;
 
 }  // namespace jax_natten::sm80

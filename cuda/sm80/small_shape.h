@@ -18,6 +18,14 @@ constexpr int small_list(int keys) {
   return 0;
 }
 
+// Shared memory of a CTA of the backward: two fit on every device (of 100 KB, 1 KB goes with each CTA), three or four
+// on those for servers.
+constexpr int kSmallBackwardBytes = 49 * 1024;
+
+// Longest windows of the backward: of longer ones, tiles of 64 columns waste little. Entries of a bias table so fit
+// into 32 bits.
+constexpr int kMostKeysOfSmallBackward = 256;
+
 // CTAs of a multiprocessor that the registers of a backward kernel must allow for.
 constexpr int small_backward_ctas(int dim, Pass pass) { return dim == 64 ? 3 : pass == Pass::kKeys ? 4 : 5; }
 
