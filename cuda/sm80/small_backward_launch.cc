@@ -65,18 +65,19 @@ int64_t groups_of_list(const int (&list)[kMaxRank], const int (&segment)[kMaxRan
   return groups;
 }
 
-// Columns that 1, 2, 4, 8, 16 rows see along each axis, on average.
-struct AverageLists {
-  int columns[kMaxRank][5];
+// Columns that runs of 1, 2, 4, .. 64 rows see along each axis, on average: at the borders it may be many more.
+struct AverageColumns {
+  int columns[kMaxRank][7];
 
-  AverageLists(const Neighborhood& neighborhood, Walk walk) {
+  AverageColumns(const Neighborhood& neighborhood, Walk walk) {
     for (int a = 0; a < kMaxRank; ++a) {
-      for (int n = 0; n < 5; ++n) {
+      for (int n = 0; n < 7; ++n) {
         const AxisTileCounts counts = count_axis_tiles(neighborhood.axes[a], 1 << n, 1 << n, 1, walk);
         columns[a][n] = int((counts.computed + counts.parts / 2) / counts.parts);
       }
     }
   }
+  int of(int axis, int rows) const { return columns[axis][log2_of(rows)]; }
 };
 
 // Everything that the choice of a plan depends on.
@@ -93,16 +94,20 @@ ProblemKey key_of(const FusedShape& shape, Pass pass, const Plan& tiles, const T
 
 Plan choose(const FusedShape& shape, Pass pass, const Plan& tiles, const TileLimits& limits) {
   const Walk walk = walk_of(pass);
-  const AverageLists average(shape.neighborhood, walk);
+  const AverageColumns average(shape.neighborhood, walk);
   // Of 64 rows, in columns that all of them multiply.
   const auto cost = [&](const Plan& plan, const int (&list)[kMaxRank], const int (&box)[kMaxRank]) {
-    int in_memory[kMaxRank], segment[kMaxRank], usual[kMaxRank];
+    int in_memory[kMaxRank], segment[kMaxRank], average_list[kMaxRank];
     std::copy(box, box + kMaxRank, in_memory);
     cut_box(shape, pass, in_memory);
     if (kernel_of(shape, pass, in_memory).shared_bytes > kSharedBytesOfAnyDevice) return -1.;
     find_segment(list, in_memory, segment);
-    for (int a = 0; a < kMaxRank; ++a) usual[a] = average.columns[a][log2_of(plan.query_part[a])];
-    return 16. * groups_of_list(usual, segment) + kTileCopyCost * product(box);
+    double copied = 1;
+    for (int a = 0; a < kMaxRank; ++a) {
+      average_list[a] = average.of(a, plan.query_part[a]);
+      copied *= (average.of(a, plan.query_tile[a]) + in_memory[a] - 1) / in_memory[a] * in_memory[a];
+    }
+    return 16. * groups_of_list(average_list, segment) + kTileCopyCost * copied;
   };
   Plan small;
   if (!search_small(shape, walk, cost, small)) return tiles;
