@@ -249,29 +249,45 @@ struct SmallBackward {
     Scores probs, d_scores;
     multiply(score_left, score_side, probs[0]);
     multiply(prob_left, prob_side, d_scores[0]);
+    const bool has_bias = params.bias != nullptr;
+    if (has_bias) add_bias(segment, begin, probs[0]);
+    const float scale = has_bias ? 1.f : params.scale;
 #pragma unroll
     for (int bit = 0; bit < 4; ++bit) {
-      const int column = bit / 2 * 8 + lane % 4 * 2 + bit % 2;
       float2 numbers;
-      if (kKeyPass) numbers = ptx::load_pair(numbers_of(__shfl_sync(~0u, box_row, column)));
+      if (kKeyPass) numbers = ptx::load_pair(numbers_of(__shfl_sync(~0u, box_row, column_of(bit))));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int e = bit / 2 * 4 + 2 * i + bit % 2;
         const bool seen = segment.seen[i] >> bit & 1;
-        float offset = kKeyPass ? numbers.x * -kLog2E : -row_lse[i];
-        if (params.bias != nullptr && seen) {
-          const int step = smem.tables.column_bias[begin + column];
-          const float* const bias = bias_table(params, tile.batch, smem.head) + segment.bias[i];
-          offset = fmaf(__ldg(bias + (kKeyPass ? -step : step)), kLog2E, offset);
-        }
-        const float p = ptx::exp2_approximate(fmaf(probs[0][e], params.scale, offset));
+        const float lse = kKeyPass ? numbers.x * kLog2E : row_lse[i];
         const float delta = kKeyPass ? numbers.y : row_delta[i];
+        const float p = ptx::exp2_approximate(fmaf(probs[0][e], scale, -lse));
         probs[0][e] = seen ? p : 0.f;
         d_scores[0][e] = seen ? p * (d_scores[0][e] - delta) : 0.f;
       }
     }
     if (kKeyPass) add_weighted_rows<Numbers, Group>(d_prob_side, probs, prob_side);
     add_weighted_rows<Numbers, Group>(d_score_side, d_scores, score_side);
+  }
+
+  // This lane's column of a group for a bit of a mask word.
+  __device__ __forceinline__ int column_of(int bit) const { return bit / 2 * 8 + lane % 4 * 2 + bit % 2; }
+
+  // Scores become scaled ones, in powers of two, with their bias.
+  __device__ __forceinline__ void add_bias(const Segment& segment, int begin, float (&scores)[8]) const {
+    const float* const table = bias_table(params, tile.batch, smem.head);
+#pragma unroll
+    for (int bit = 0; bit < 4; ++bit) {
+      const int step = smem.tables.column_bias[begin + column_of(bit)];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = scores[bit / 2 * 4 + 2 * i + bit % 2];
+        const bool seen = segment.seen[i] >> bit & 1;  // entries of others need not exist
+        const float bias = seen ? __ldg(table + segment.bias[i] + (kKeyPass ? -step : step)) : 0.f;
+        score = fmaf(score, params.scale, bias * kLog2E);
+      }
+    }
   }
 
   // products = left columns^T. The lanes' addresses are those of add_weighted_rows(), so that ldmatrix reads (columns

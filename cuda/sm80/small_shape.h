@@ -27,6 +27,6 @@ constexpr int kSmallBackwardBytes = 49 * 1024;
 constexpr int kMostKeysOfSmallBackward = 256;
 
 // CTAs of a multiprocessor that the registers of a backward kernel must allow for.
-constexpr int small_backward_ctas(int dim, Pass pass) { return dim == 64 ? 3 : pass == Pass::kKeys ? 4 : 5; }
+constexpr int small_backward_ctas(int dim, Pass pass) { return (dim == 64 ? 4 : 5) - (pass == Pass::kKeys ? 1 : 0); }
 
 }  // namespace jax_natten::sm80
