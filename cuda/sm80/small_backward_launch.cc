@@ -140,6 +140,7 @@ const char* why_not_small_backward(const FusedShape& shape, const Plan& plan, Pa
 
 Plan plan_backward_pass(const FusedShape& shape, Pass pass, const Plan& tiles, const TileLimits& limits) {
   if (why_not_any_small(shape) != nullptr || shape.neighborhood.window_size() > kMostKeysOfSmallBackward) return tiles;
+  if (shape.neighborhood.positions() == 0) return tiles;  // there are no averages
   static Remembered<Plan> known;
   return known.find(key_of(shape, pass, tiles, limits), [&] { return choose(shape, pass, tiles, limits); });
 }
