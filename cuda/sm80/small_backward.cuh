@@ -38,6 +38,7 @@ struct SmallBackwardTraits {
     int list_row[kMostColumns];  // in the box, relative to the segment's first column
     // Where the CTA is: the box, relative to QueryTile::key, and the head of the queries. Here they take no registers.
     int box[kMaxRank], head;
+    const float* bias;  // table of that head, if there is one
     // Of each kind of rows there are two: what scores come from, and what d_probs come from. Behind these lie the boxes
     // of the columns, in the same order, and those of their lse and delta.
     alignas(128) uint8_t score_side[Rows::kBytes];  // queries, or keys; later their gradients
@@ -80,7 +81,7 @@ struct SmallBackward {
     }
     if (threadIdx.x == 0) {
       for (int& begin : smem.box) begin = 0;
-      smem.head = kKeyPass ? tile.head * params.schedule.by_group.divisor : tile.head;
+      begin_head(kKeyPass ? tile.head * params.schedule.by_group.divisor : tile.head);
     }
     __syncthreads();
     copy_staying_rows(smem.score_side, kKeyPass ? params.key : params.query);
@@ -130,7 +131,12 @@ struct SmallBackward {
       if (smem.box[a] < tile.extent[a]) return;
       smem.box[a] = 0;
     }
-    ++smem.head;
+    begin_head(smem.head + 1);
+  }
+
+  __device__ __forceinline__ void begin_head(int head) {
+    smem.head = head;
+    if (params.bias != nullptr) smem.bias = bias_table(params, tile.batch, head);
   }
 
   __device__ __forceinline__ void copy_staying_rows(uint8_t (&rows)[Rows::kBytes], const RowArray& array) {
@@ -243,8 +249,8 @@ struct SmallBackward {
   __device__ __forceinline__ void add_group(const Segment& segment, int begin, const Left& score_left,
                                             const Left& prob_left, const float (&row_lse)[2],
                                             const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
-    const int last = params.box[0] * params.box[1] * params.box[2] - 1;
-    const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], last);  // some row for masked ones
+    // Of columns outside the list, any row of the box.
+    const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], params.box_rows - 1);
     const uint32_t score_side = boxes + Rows::place(box_row, lane / 16), prob_side = score_side + params.box_bytes;
     Scores probs, d_scores;
     multiply(score_left, score_side, probs[0]);
@@ -276,7 +282,6 @@ struct SmallBackward {
 
   // Scores become scaled ones, in powers of two, with their bias.
   __device__ __forceinline__ void add_bias(const Segment& segment, int begin, float (&scores)[8]) const {
-    const float* const table = bias_table(params, tile.batch, smem.head);
 #pragma unroll
     for (int bit = 0; bit < 4; ++bit) {
       const int step = smem.tables.column_bias[begin + column_of(bit)];
@@ -284,7 +289,7 @@ struct SmallBackward {
       for (int i = 0; i < 2; ++i) {
         float& score = scores[bit / 2 * 4 + 2 * i + bit % 2];
         const bool seen = segment.seen[i] >> bit & 1;  // entries of others need not exist
-        const float bias = seen ? __ldg(table + segment.bias[i] + (kKeyPass ? -step : step)) : 0.f;
+        const float bias = seen ? __ldg(smem.bias + segment.bias[i] + (kKeyPass ? -step : step)) : 0.f;
         score = fmaf(score, params.scale, bias * kLog2E);
       }
     }

@@ -13,14 +13,14 @@ namespace jax_natten::sm80 {
 template <class Rows, int kThreads, typename Copy>
 __device__ __forceinline__ void for_each_box_chunk(const FusedParams& params, const SmallBox& box,
                                                    const QueryTile& tile, const int (&begin)[kMaxRank], Copy copy) {
-  const int rows = box.box[0] * box.box[1] * box.box[2], chunk = threadIdx.x % Rows::kPanelChunks;
+  const int chunk = threadIdx.x % Rows::kPanelChunks;
   int origin = 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
     origin += (tile.key[a] + begin[a]) * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
   }
   const int left0 = tile.extent[0] - begin[0], left1 = tile.extent[1] - begin[1], left2 = tile.extent[2] - begin[2];
-  for (int row = threadIdx.x / Rows::kPanelChunks; row < rows; row += kThreads / Rows::kPanelChunks) {
+  for (int row = threadIdx.x / Rows::kPanelChunks; row < box.box_rows; row += kThreads / Rows::kPanelChunks) {
     int x1, x2;
     const int x0 = box.by_box1.divide(box.by_box2.divide(row, x2), x1);
     const bool seen = x0 < left0 && x1 < left1 && x2 < left2;

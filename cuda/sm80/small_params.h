@@ -11,6 +11,7 @@ namespace jax_natten::sm80 {
 struct SmallBox {
   int box[kMaxRank];
   FastDivisor by_box1, by_box2;
+  int box_rows;   // in all
   int box_bytes;  // of the columns of one array, after which those of the next one lie
 };
 

@@ -29,6 +29,7 @@ void set_up_box(const FusedShape& shape, const int (&sides)[kMaxRank], SmallBox&
   std::copy(sides, sides + kMaxRank, box.box);
   box.by_box1 = FastDivisor(box.box[1]);
   box.by_box2 = FastDivisor(box.box[2]);
+  box.box_rows = product(box.box);
   box.box_bytes = bytes_of_box(shape, box.box);
 }
 
