@@ -28,5 +28,9 @@ def test_sm80_fused_kernels_compute_the_definition():
     run("test_sm80_fused", "20")
 
 
+def test_sm80_backward_for_small_windows_computes_the_gradients():
+    run("test_sm80_fused", "small", "40")
+
+
 def test_sm80_unfused_kernels_compute_the_definition():
     run("test_sm80_unfused", "40")

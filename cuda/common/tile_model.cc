@@ -218,10 +218,10 @@ double count_pairs(const Neighborhood& neighborhood) {
   return pairs;
 }
 
-int most_keys_of_queries(const Axis& axis, int queries) {
+int most_keys_of_queries(const Axis& axis, int queries, Walk walk) {
   int most = 0;
   for_each_length(axis, [&](int length, int) {
-    const Group group{axis, length, queries, Walk::kKeysOfQueries};
+    const Group group{axis, length, queries, walk};
     for_each_run(group, 1, [&](const Run& run) {
       const auto look_at = [&](int begin, int count) {
         for (int t = begin; t < begin + count; ++t) {

@@ -42,6 +42,6 @@ TileCounts count_tiles(const Neighborhood& neighborhood, const int (&query_tile)
 double count_pairs(const Neighborhood& neighborhood);
 
 // Most keys along an axis that one run of `queries` neighboring queries sees, the runs beginning at multiples of it.
-int most_keys_of_queries(const Axis& axis, int queries);
+int most_keys_of_queries(const Axis& axis, int queries, Walk walk = Walk::kKeysOfQueries);
 
 }  // namespace jax_natten

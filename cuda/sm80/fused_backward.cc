@@ -10,6 +10,8 @@
 #include "backward_sums.h"
 #include "fused.h"
 #include "fused_setup.h"
+#include "small_backward_launch.h"
+#include "small_shape.h"
 
 namespace jax_natten::sm80 {
 namespace {
@@ -44,11 +46,12 @@ KernelInstance find_kernel(const FusedShape& shape, Precision precision, Pass pa
   }
 }
 
-void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, BackwardParams& params) {
+// `queries` of a part and `keys` of a key tile as compiled.
+void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, int queries, int keys,
+            BackwardParams& params) {
   const int64_t positions = problem.neighborhood.positions();
-  const TileLimits tiles = limits(problem, pass);
   const int staying_heads = pass == Pass::kKeys ? problem.kv_heads : problem.heads;
-  set_up_tiles(problem, plan, tiles.queries, tiles.keys, staying_heads, params);
+  set_up_tiles(problem, plan, queries, keys, staying_heads, params);
   const auto array = [&](const void* data, int64_t rows, int heads, int size) {
     return row_array(problem.dtype, data, rows, heads, size);
   };
@@ -80,18 +83,46 @@ void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, Bac
   params.bias_batch = int(problem.bias_batch);
 }
 
+void set_up(const FusedBackwardParams& problem, const Plan& plan, Pass pass, BackwardParams& params) {
+  const TileLimits tiles = limits(problem, pass);
+  set_up(problem, plan, pass, tiles.queries, tiles.keys, params);
+}
+
+// The query pass or the key pass, without additional keys as rows. `params` are set up.
+cudaError_t launch_pass(const FusedBackwardParams& problem, Precision precision, const Plan& plan, Pass pass,
+                        BackwardParams& params, cudaStream_t stream) {
+  if (plan.structure == Structure::kSmall) {
+    set_up(problem, with_segments(problem, plan, pass), pass, kSmallRows / kSmallWarps, kMostColumns, params);
+    return launch_small_backward(problem, plan, pass, params, stream);
+  }
+  set_up(problem, plan, pass, params);
+  return launch(find_kernel(problem, precision, pass), params.schedule.tiles, params, stream);
+}
+
+const char* why_not_pass(const FusedShape& shape, const Plan& plan, Pass pass) {
+  if (plan.structure == Structure::kSmall) return why_not_small_backward(shape, plan, pass);
+  return why_not_tiles(shape, plan, limits(shape, pass));
+}
+
+Plan plan_pass(const FusedShape& shape, Pass pass) {
+  const TileLimits tiles = limits(shape, pass);
+  return plan_backward_pass(shape, pass, choose_tiles(shape, tiles), tiles);
+}
+
 bool is_empty(const FusedShape& shape) { return shape.batch * shape.neighborhood.positions() * shape.heads == 0; }
 
 }  // namespace
 
 const char* why_not_backward_plan(const FusedShape& shape, const BackwardPlan& plan) {
-  if (const char* reason = why_not_tiles(shape, plan.queries, limits(shape, Pass::kQueries))) return reason;
-  if (const char* reason = why_not_tiles(shape, plan.keys, limits(shape, Pass::kKeys))) return reason;
-  return shape.has_bias() ? why_not_tiles(shape, plan.bias, limits(shape, Pass::kBias)) : nullptr;
+  if (const char* reason = why_not_pass(shape, plan.queries, Pass::kQueries)) return reason;
+  if (const char* reason = why_not_pass(shape, plan.keys, Pass::kKeys)) return reason;
+  if (!shape.has_bias()) return nullptr;
+  if (plan.bias.structure != Structure::kTiles) return "the gradient of the bias has kernels for all windows only";
+  return why_not_tiles(shape, plan.bias, limits(shape, Pass::kBias));
 }
 
 BackwardPlan plan_backward(const FusedShape& shape) {
-  return {choose_tiles(shape, limits(shape, Pass::kQueries)), choose_tiles(shape, limits(shape, Pass::kKeys)),
+  return {plan_pass(shape, Pass::kQueries), plan_pass(shape, Pass::kKeys),
           choose_tiles(shape, limits(shape, Pass::kBias))};
 }
 
@@ -102,15 +133,11 @@ cudaError_t fused_backward(const FusedBackwardParams& problem, Precision precisi
     return cudaErrorInvalidValue;
   }
   BackwardParams params;
-  set_up(problem, plan.queries, Pass::kQueries, params);
-  const KernelInstance query_pass = find_kernel(problem, precision, Pass::kQueries);
-  if (auto error = launch(query_pass, params.schedule.tiles, params, stream)) return error;
-
-  set_up(problem, plan.keys, Pass::kKeys, params);
-  const KernelInstance key_pass = find_kernel(problem, precision, Pass::kKeys);
-  if (auto error = launch(key_pass, params.schedule.tiles, params, stream)) return error;
+  if (auto error = launch_pass(problem, precision, plan.queries, Pass::kQueries, params, stream)) return error;
+  if (auto error = launch_pass(problem, precision, plan.keys, Pass::kKeys, params, stream)) return error;
 
   if (problem.additional > 0) {
+    const KernelInstance key_pass = find_kernel(problem, precision, Pass::kKeys);
     params.partials = static_cast<float*>(problem.workspace) + naive::additional_partials(problem);
     const int64_t tiles = problem.batch * params.chunks * problem.kv_heads * params.additional_tiles;
     if (auto error = launch(key_pass, int(tiles), params, stream)) return error;

@@ -21,6 +21,7 @@
 #include "backward_params.h"
 #include "backward_shape.h"
 #include "products.cuh"
+#include "row_delta.cuh"
 #include "rows.cuh"
 #include "tile_tables.cuh"
 
@@ -182,47 +183,13 @@ struct FusedBackward {
     }
   }
 
-  // Writes delta of this thread's rows. Their lse is counted in powers of two. Rows outside the grid have zeros.
+  // Writes delta of this thread's rows.
   __device__ __forceinline__ void find_delta(OfRows& row_lse, OfRows& row_delta) {
 #pragma unroll
     for (int n = 0; n < 2 * kBlocks; ++n) {
       const int m = n / 2, i = n % 2, position = smem.tables.row_position(params, row_of_thread(m, i));
-      row_lse[m][i] = row_delta[m][i] = 0;
-      float sum = 0;
-      if (position >= 0) {
-        const int64_t at = index(position, tile.head);
-        sum =
-            quarter_of_product(first_row(params.out, tile.batch, tile.head) + position * params.out.position_step,
-                               first_row(params.d_out, tile.batch, tile.head) + position * params.d_out.position_step);
-        row_lse[m][i] = params.lse[at] * kLog2E;
-        row_delta[m][i] = params.d_lse[at];
-      }
-      row_delta[m][i] = quad_sum(sum) - row_delta[m][i];
-      if (position >= 0 && lane % 4 == 0 && warp % kSplits == 0) {
-        params.delta[index(position, tile.head)] = row_delta[m][i];
-      }
+      find_row_delta<T>(params, tile, position, lane, warp % kSplits == 0, row_lse[m][i], row_delta[m][i]);
     }
-  }
-
-  // This lane's quarter of the inner product of two rows in memory.
-  __device__ __forceinline__ float quarter_of_product(const char* x, const char* y) const {
-    constexpr int kChunk = 16 / sizeof(T);
-    float sum = 0;
-    if (params.out.copy_bytes == 16 && params.d_out.copy_bytes == 16) {
-      for (int c = lane % 4 * 16; c < params.out.bytes; c += 64) {
-        const uint4 u = *reinterpret_cast<const uint4*>(x + c), v = *reinterpret_cast<const uint4*>(y + c);
-        T a[kChunk], b[kChunk];
-        memcpy(a, &u, 16);
-        memcpy(b, &v, 16);
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) sum += float(a[e]) * float(b[e]);
-      }
-    } else {
-      for (int c = lane % 4; c < params.value_dim; c += 4) {
-        sum += float(reinterpret_cast<const T*>(x)[c]) * float(reinterpret_cast<const T*>(y)[c]);
-      }
-    }
-    return sum;
   }
 
   // ---- the columns that pass by

@@ -50,8 +50,6 @@ Plan search_tiles(const Neighborhood& neighborhood, const TileLimits& limits) {
   const Axis* axes = neighborhood.axes;
   const AxisCosts costs[kMaxRank] = {AxisCosts(axes[0]), AxisCosts(axes[1]), AxisCosts(axes[2])};
   const int first = kMaxRank - neighborhood.rank;
-  // Copying a key tile takes about as long as a quarter of what its computation takes all warps together.
-  constexpr double kCopyCost = 0.25;
   double best = -1;
   Plan plan;
   plan.rows = limits.warps * limits.queries;
@@ -65,7 +63,7 @@ Plan search_tiles(const Neighborhood& neighborhood, const TileLimits& limits) {
           visited *= costs[a].visited[tile][keys[a]];
           computed *= warps[a] == 0 ? costs[a].visited[tile][keys[a]] : costs[a].computed[part[a]][keys[a]];
         }
-        const double cost = tiles * (std::min(computed, visited) + kCopyCost * visited);
+        const double cost = tiles * (std::min(computed, visited) + kTileCopyCost * visited);
         if (best >= 0 && cost >= best) return;
         best = cost;
         for (int a = 0; a < kMaxRank; ++a) {

@@ -8,8 +8,8 @@
 
 namespace jax_natten::sm80 {
 
-// Kernels for all windows (fused_forward.cuh, fused_backward.cuh), and for small ones (small_forward.cuh). The
-// numbers are a wire format.
+// Kernels for all windows (fused_forward.cuh, fused_backward.cuh), and for small ones (small_forward.cuh,
+// small_backward.cuh). The numbers are a wire format.
 enum class Structure { kTiles = 0, kSmall = 1 };
 
 struct Plan {
@@ -34,6 +34,9 @@ struct TileLimits {
 };
 
 inline int product(const int (&tile)[kMaxRank]) { return tile[0] * tile[1] * tile[2]; }
+
+// Copying a key tile takes about as long as a quarter of what its computation takes all warps together.
+constexpr double kTileCopyCost = 0.25;
 
 // Why tiles do not fit a problem; nullptr if they do.
 const char* why_not_tiles(const FusedShape& shape, const Plan& plan, const TileLimits& limits);

@@ -22,7 +22,7 @@ struct SharedTile {
 
   // Of a chunk of the first panel.
   static __device__ __forceinline__ uint32_t place(int row, int chunk) {
-    const int turn = kPanelBytes == 128 ? row % 8 : row / 2 % 4;
+    const int turn = kPanelBytes == 128 ? row & 7 : row >> 1 & 3;
     return row * kPanelBytes + (chunk ^ turn) * 16;
   }
 

@@ -11,6 +11,7 @@
 #include "../common/softmax.h"
 #include "products.cuh"
 #include "rows.cuh"
+#include "small_box.cuh"
 #include "small_params.h"
 #include "small_shape.h"
 #include "tile_tables.cuh"
@@ -30,6 +31,7 @@ struct SmallTraits {
 
   struct Shared {
     TileTables<kSmallRows, kKeys, Walk::kKeysOfQueries, true, kSmallWarps> tables;
+    int row_position[kSmallRows];              // TileTables::row_position()
     int list_row[kKeys];                       // in the box, relative to the list's first key
     alignas(128) uint8_t query[Rows::kBytes];  // later the outputs; behind it lie the boxes
   };
@@ -54,6 +56,7 @@ struct SmallForward {
 
   __device__ void run() {
     if (!smem.tables.template fill<kThreads>(params, blockIdx.x)) return;
+    for (int r = threadIdx.x; r < kSmallRows; r += kThreads) smem.row_position[r] = smem.tables.row_position(params, r);
     for (int n = threadIdx.x; n < kKeys; n += kThreads) {
       const TilePlace place = params.places.columns[n];
       smem.list_row[n] = (place[0] * params.box[1] + place[1]) * params.box[2] + place[2];
@@ -61,8 +64,8 @@ struct SmallForward {
     __syncthreads();
     copy_rows<Rows, kThreads>(ptx::shared_address(smem.query), params.query,
                               first_row(params.query, tile.batch, tile.head),
-                              [&](int row) { return smem.tables.row_position(params, row); });
-    const uint32_t keys = ptx::shared_address(smem.query) + params.boxes, values = keys + params.box_bytes;
+                              [&](int row) { return smem.row_position[row]; });
+    const uint32_t keys = ptx::shared_address(smem.query) + Rows::kBytes, values = keys + params.box_bytes;
     copy_box(keys, params.key);
     ptx::copy_async_commit();
     copy_box(values, params.value);
@@ -93,25 +96,11 @@ struct SmallForward {
   }
 
  private:
-  // Rows of a box are zeros where no query of the tile sees a key.
   __device__ __forceinline__ void copy_box(uint32_t destination, const RowArray& array) {
-    const int rows = params.box[0] * params.box[1] * params.box[2], chunk = threadIdx.x % Rows::kPanelChunks;
-    const int kv_head = params.schedule.by_group.quotient(tile.head);
-    const char* source = first_row(array, tile.batch, kv_head) + 16 * chunk;
-    int origin = 0;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      origin += tile.key[a] * params.steps.group[a] + tile.phase[a] * params.steps.grid[a];
-    }
-    for (int row = threadIdx.x / Rows::kPanelChunks; row < rows; row += kThreads / Rows::kPanelChunks) {
-      int x1, x2;
-      const int x0 = params.by_box1.divide(params.by_box2.divide(row, x2), x1);
-      const bool seen = x0 < tile.extent[0] && x1 < tile.extent[1] && x2 < tile.extent[2];
-      const int position =
-          seen ? origin + x0 * params.steps.group[0] + x1 * params.steps.group[1] + x2 * params.steps.group[2] : 0;
-      copy_chunk(destination + Rows::place(row, chunk), source + position * array.position_step,
-                 seen ? array.bytes - 16 * chunk : 0, array.copy_bytes);
-    }
+    const char* const rows = first_row(array, tile.batch, params.schedule.by_group.quotient(tile.head));
+    for_each_box_chunk<Rows, kThreads>(params, params, tile, {0, 0, 0}, [&](int row, int chunk, int position) {
+      copy_box_chunk<Rows>(destination, array, rows, row, chunk, position);
+    });
   }
 
   // scores = Q K^T of the warp's queries and list. Of 16 keys and 16 channels, ldmatrix reads (keys 0-7, channels 0-7),
@@ -194,13 +183,13 @@ struct SmallForward {
     store_fragments<Numbers, Rows>(staged, 16 * warp, lane, out, normalizer);
     const int i = lane % 4;  // two lanes of four write a row's each
     const float lse = i == 0 ? softmax.log_sum_exp(0) : softmax.log_sum_exp(1);
-    const int position = i < 2 ? smem.tables.row_position(params, 16 * warp + 8 * i + lane / 4) : -1;
+    const int position = i < 2 ? smem.row_position[16 * warp + 8 * i + lane / 4] : -1;
     if (position >= 0) {
       params.lse[(tile.batch * params.positions + position) * params.heads + tile.head] = lse;
     }
     __syncwarp();
     write_rows<Rows, T, 16>(staged, params.out, first_row(params.out, tile.batch, tile.head), 16 * warp, lane,
-                            [&](int row) { return smem.tables.row_position(params, row); });
+                            [&](int row) { return smem.row_position[row]; });
   }
 };
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "../../cuda/common/tile_model.h"
 #include "../../cuda/common/tiling.h"
@@ -85,14 +86,25 @@ double walk_over_pairs(const Neighborhood& neighborhood) {
   return pairs;
 }
 
-int walk_over_runs(const Axis& axis, int queries) {
+// Looks at the pairs themselves, since runs of keys are seen by intervals of queries only because of what
+// queries_of_key() says about them.
+int walk_over_runs(const Axis& axis, int queries, Walk walk) {
   int most = 0;
   for (int group = 0; group < axis.dilation; ++group) {
-    const int length = group_length(axis, group);
-    for (int first = 0; first < length; first += queries) {
-      const int last = imin(first + queries, length) - 1;
-      most = imax(most, window_of_query(axis, last, length).end - window_of_query(axis, first, length).begin);
+    const int length = group_length(axis, group), runs = (length + queries - 1) / queries;
+    std::vector<Interval> seen(runs, Interval{length, 0});
+    for (int query = 0; query < length; ++query) {
+      const Interval keys = window_of_query(axis, query, length);
+      if (walk == Walk::kKeysOfQueries) {
+        Interval& run = seen[query / queries];
+        run = {imin(run.begin, keys.begin), imax(run.end, keys.end)};
+      } else {
+        for (int r = keys.begin / queries; r <= (keys.end - 1) / queries; ++r) {
+          seen[r] = {imin(seen[r].begin, query), imax(seen[r].end, query + 1)};
+        }
+      }
     }
+    for (const Interval& run : seen) most = imax(most, run.end - run.begin);
   }
   return most;
 }
@@ -115,7 +127,7 @@ void check(const Case& c) {
   for (int a = 0; a < kMaxRank; ++a) {
     const Axis& axis = c.neighborhood.axes[a];
     for (const int queries : {c.query_tile[a], c.query_part[a]}) {
-      expect("most keys", most_keys_of_queries(axis, queries), walk_over_runs(axis, queries));
+      expect("most keys", most_keys_of_queries(axis, queries, c.walk), walk_over_runs(axis, queries, c.walk));
     }
   }
 }

@@ -56,6 +56,21 @@ def test_every_head_dim(dim, dtype):
     check_unfused(Case(shape, dtype, value_dim=dim - 3, additional=2), "sm80")
 
 
+SMALL_WINDOWS = [
+    Case(problem("square", 2, 4, 2, 32, [20, 18], [7, 7]), "float16", bias=True),
+    Case(problem("dilated", 1, 2, 2, 24, [23, 30], [5, 7], [1, 3], [2, 1]), "bfloat16", value_dim=17, bias=True),
+    Case(problem("causal", 1, 4, 1, 40, [26, 19], [9, 5], is_causal=[True, False]), "float16"),
+    Case(problem("cube", 1, 2, 1, 24, [6, 11, 14], [3, 5, 7]), "bfloat16", value_dim=32),
+    Case(problem("line", 2, 2, 1, 64, [300], [63]), "float16"),
+]
+
+
+@pytest.mark.parametrize("case", SMALL_WINDOWS, ids=_name)
+def test_small_windows(case):
+    """They have kernels of their own, forward and backward."""
+    check_fused(case, "sm80")
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.75])
 def test_scale_is_honoured(scale):
     check_fused(Case(FEATURES, "bfloat16", scale=scale), "sm80")
