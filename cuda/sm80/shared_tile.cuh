@@ -20,9 +20,10 @@ struct SharedTile {
   static constexpr int kBytes = kRows * kRowBytes;
   static_assert(kRowBytes % 64 == 0, "rows are made of panels");
 
-  // Of a chunk of the first panel.
-  static __device__ __forceinline__ uint32_t place(int row, int chunk) {
-    const int turn = kPanelBytes == 128 ? row & 7 : row >> 1 & 3;
+  // Of a chunk of the first panel. Row: int, or unsigned where the compiler cannot see that it is not negative.
+  template <typename Row>
+  static __device__ __forceinline__ uint32_t place(Row row, int chunk) {
+    const int turn = kPanelBytes == 128 ? row % 8 : row / 2 % 4;
     return row * kPanelBytes + (chunk ^ turn) * 16;
   }
 

@@ -252,7 +252,8 @@ struct SmallBackward {
                                             const float (&row_delta)[2], Sums& d_score_side, Sums& d_prob_side) {
     // Of columns outside the list, any row of the box.
     const int box_row = imin(segment.first + smem.list_row[begin + lane % 16], params.box_rows - 1);
-    const uint32_t score_side = boxes + Rows::place(box_row, lane / 16), prob_side = score_side + params.box_bytes;
+    const uint32_t score_side = boxes + Rows::place(unsigned(box_row), lane / 16);
+    const uint32_t prob_side = score_side + params.box_bytes;
     Scores probs, d_scores;
     multiply(score_left, score_side, probs[0]);
     multiply(prob_left, prob_side, d_scores[0]);
