@@ -184,7 +184,7 @@ def cases(arguments) -> list[Case]:
         if group == "sweep":
             chosen = sweep_problems.sweep(rank, arguments.work)
         else:
-            chosen = [sweep_problems.shrunk(p, 20 * arguments.work) for p in sweep_problems.named(group, rank)]
+            chosen = [sweep_problems.shrunk(p, 5 * arguments.work) for p in sweep_problems.named(group, rank)]
         if arguments.limit is not None:
             chosen = chosen[:: max(1, math.ceil(len(chosen) / arguments.limit))] if arguments.limit else []
         for dtype in arguments.dtypes:

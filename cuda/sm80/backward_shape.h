@@ -38,7 +38,7 @@ constexpr BackwardShape float_shape(int dim, bool keys) {
 }
 
 constexpr BackwardShape half_shape(int dim, bool keys) {
-  if (dim <= 32) return {64, 64, 2, 1, 1, 32, 4};
+  if (dim <= 32) return {64, 64, 2, 1, 1, 32, keys ? 3 : 4};
   if (dim <= 64) return {64, 64, 2, 1, 1, 32, 3};
   if (dim <= 96) return {64, 64, 2, 1, 1, 32};
   if (dim <= 128) return keys ? BackwardShape{64, 64, 2, 1, 1, 32} : BackwardShape{128, 32, 2, 1, 2, 32};
