@@ -37,7 +37,6 @@ ALLOWED_SPILLS = {
     r"fused_backward_kernel.*SplitTf32.*Li256E.*PassE1": (180, "sums of 256 channels, and operands in two parts"),
     r"small_forward_kernel.*Li32ELi112E": (8, "positions of a box, before the loop"),
     r"fused_forward_kernel.*SplitTf32.*Li256E": (92, "sums of 256 channels, and operands in two parts"),
-    r"small_forward_kernel.*Li32ELi112E": (8, "the longest list"),
 }
 
 
