@@ -37,6 +37,7 @@ constexpr BackwardShape float_shape(int dim, bool keys) {
   return {32, 16, 1, keys ? 2 : 1, 1, 16};
 }
 
+// Head dimension 128: sums of two blocks of rows leave registers for 32 columns. Below, more CTAs are worth more.
 constexpr BackwardShape half_shape(int dim, bool keys) {
   if (dim <= 32) return {64, 64, 2, 1, 1, 32, keys ? 3 : 4};
   if (dim <= 64) return {64, 64, 2, 1, 1, 32, 3};

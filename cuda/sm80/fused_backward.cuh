@@ -315,7 +315,7 @@ struct FusedBackward {
       if (!__any_sync(~0u, any << (32 - kChunk / 4))) return false;
     }
     multiply(stage, chunk, probs, d_scores);
-    // Between these, only what differs is looked at for each element.
+    // Most tiles of long windows are whole: their elements are spared the masks.
     if (params.bias != nullptr && columns.in_window()) {
       find_d_scores_of<true, true>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
     } else if (masked || sizeof(T) == 4) {  // which has not the registers for one more copy of the code
