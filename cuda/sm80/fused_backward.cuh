@@ -291,16 +291,16 @@ struct FusedBackward {
     const TileClass tile_class = classify(columns);
     if (tile_class == TileClass::kSkip) return;
 #pragma unroll 1
-    for (int chunk = 0; chunk < kColumns; chunk += kChunk) {
+    for (int begin = 0; begin < kColumns; begin += kChunk) {
       Scores probs, d_scores;
-      if (!find_d_scores(columns, tile_class, stage, chunk, row_lse, row_delta, probs, d_scores)) continue;
-      if (kKeyPass) add(d_prob_side, probs, smem.stage[stage].prob_side, chunk);
-      add(d_score_side, d_scores, smem.stage[stage].score_side, chunk);
+      if (!find_d_scores(columns, tile_class, stage, begin, row_lse, row_delta, probs, d_scores)) continue;
+      if (kKeyPass) add(d_prob_side, probs, smem.stage[stage].prob_side, begin);
+      add(d_score_side, d_scores, smem.stage[stage].score_side, begin);
     }
   }
 
-  // Of the columns from `chunk` on, of a tile of which the rows see some. False if they see none of the chunk.
-  __device__ __forceinline__ bool find_d_scores(const Columns& columns, TileClass tile_class, int stage, int chunk,
+  // Of the columns from `begin` on, of a tile of which the rows see some. False if they see none of the chunk.
+  __device__ __forceinline__ bool find_d_scores(const Columns& columns, TileClass tile_class, int stage, int begin,
                                                 const OfRows& row_lse, const OfRows& row_delta, Scores& probs,
                                                 Scores& d_scores) {
     const bool masked = tile_class == TileClass::kMasked;
@@ -309,19 +309,19 @@ struct FusedBackward {
       uint32_t any = 0;
 #pragma unroll
       for (int n = 0; n < 2 * kBlocks; ++n) {
-        words[n / 2][n % 2] = word(columns, row_of_thread(n / 2, n % 2)) >> chunk / 4;
+        words[n / 2][n % 2] = word(columns, row_of_thread(n / 2, n % 2)) >> begin / 4;
         any |= words[n / 2][n % 2];
       }
       if (!__any_sync(~0u, any << (32 - kChunk / 4))) return false;
     }
-    multiply(stage, chunk, probs, d_scores);
+    multiply(stage, begin, probs, d_scores);
     // Most tiles of long windows are whole: their elements are spared the masks.
     if (params.bias != nullptr && columns.in_window()) {
-      find_d_scores_of<true, true>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
+      find_d_scores_of<true, true>(columns, masked, words, stage, begin, row_lse, row_delta, probs, d_scores);
     } else if (masked || sizeof(T) == 4) {  // which has not the registers for one more copy of the code
-      find_d_scores_of<true, false>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
+      find_d_scores_of<true, false>(columns, masked, words, stage, begin, row_lse, row_delta, probs, d_scores);
     } else {
-      find_d_scores_of<false, false>(columns, masked, words, stage, chunk, row_lse, row_delta, probs, d_scores);
+      find_d_scores_of<false, false>(columns, masked, words, stage, begin, row_lse, row_delta, probs, d_scores);
     }
     return true;
   }
@@ -330,7 +330,7 @@ struct FusedBackward {
   // whole tiles.
   template <bool kMasked, bool kBias>
   __device__ __forceinline__ void find_d_scores_of(const Columns& columns, bool masked, const Words& words, int stage,
-                                                   int chunk, const OfRows& row_lse, const OfRows& row_delta,
+                                                   int begin, const OfRows& row_lse, const OfRows& row_delta,
                                                    Scores& probs, Scores& d_scores) {
 #pragma unroll
     for (int n = 0; n < 2 * kBlocks; ++n) {
@@ -344,7 +344,7 @@ struct FusedBackward {
       }
 #pragma unroll
       for (int bit = 0; bit < kChunk / 4; ++bit) {
-        const int e = bit / 2 * 4 + 2 * i + bit % 2, column = chunk + bit / 2 * 8 + lane % 4 * 2 + bit % 2;
+        const int e = bit / 2 * 4 + 2 * i + bit % 2, column = begin + bit / 2 * 8 + lane % 4 * 2 + bit % 2;
         float offset = kKeyPass ? smem.numbers[stage].lse[column] * -kLog2E : -row_lse[m][i];
         if (kBias && (seen >> bit & 1)) {
           const int entry = smem.tables.column_bias[column];
@@ -359,12 +359,12 @@ struct FusedBackward {
   }
 
   // scores and d_probs, products of the rows and a chunk of the columns.
-  __device__ __forceinline__ void multiply(int stage, int chunk, Scores& scores, Scores& d_probs) {
+  __device__ __forceinline__ void multiply(int stage, int begin, Scores& scores, Scores& d_probs) {
     const auto left_of = [&](const uint8_t* rows) {
       return left_address<RowTile>(ptx::shared_address(rows), row_of_warp(), lane);
     };
     const auto right_of = [&](const uint8_t* columns) {
-      return right_address<ColumnTile>(ptx::shared_address(columns), lane) + chunk * ColumnTile::kPanelBytes;
+      return right_address<ColumnTile>(ptx::shared_address(columns), lane) + begin * ColumnTile::kPanelBytes;
     };
     const uint32_t left[2] = {left_of(smem.score_side), left_of(smem.prob_side)};
     const uint32_t right[2] = {right_of(smem.stage[stage].score_side), right_of(smem.stage[stage].prob_side)};
@@ -391,11 +391,11 @@ struct FusedBackward {
 
   // sums += weights columns, for this warp's channels
   __device__ __forceinline__ void add(Sums& sums, const Scores& weights, const uint8_t (&columns)[ColumnTile::kBytes],
-                                      int chunk) {
+                                      int begin) {
     constexpr int kPanelRows = kSplitBytes / ColumnTile::kPanelBytes * ColumnTile::kRows;
     const uint32_t tile = ptx::shared_address(columns) + warp % kSplits * kPanelRows * ColumnTile::kPanelBytes;
     add_weighted_rows<Numbers, ColumnTile>(
-        sums, weights, column_address<Numbers, ColumnTile>(tile, lane) + chunk * ColumnTile::kPanelBytes);
+        sums, weights, column_address<Numbers, ColumnTile>(tile, lane) + begin * ColumnTile::kPanelBytes);
   }
 
   // ---- results
