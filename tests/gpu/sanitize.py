@@ -1,8 +1,8 @@
 """Runs CUDA kernels once each on ragged problems: a short program for ``compute-sanitizer``.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [naive] [sm90]
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [naive] [sm80] [sm90]
 
-Without names the direct kernels run, and on a Hopper GPU its own as well.
+Without names the direct kernels and those of sm_80 run, and on a Hopper GPU its own as well.
 """
 
 from __future__ import annotations
@@ -37,6 +37,21 @@ CASES = (
     Case(problem("wide", 1, 1, 1, 520, [9], [3]), "float32", value_dim=1030),
 )
 
+# The tile kernels and those of small windows, in each rank and dtype; head dimensions padded, and large enough for
+# warps of 32 rows and for columns in chunks.
+SM80_CASES = (
+    Case(problem("sm80_1d", 2, 4, 2, 9, [153], [45], [2], [3]), "float16", value_dim=7, additional=3, bias=True),
+    Case(problem("sm80_2d", 1, 2, 1, 128, [37, 41], [21, 18], [3, 1]), "bfloat16", additional=70),
+    Case(problem("sm80_2d_bias", 1, 2, 1, 128, [26, 29], [21, 18]), "bfloat16", bias=True),
+    Case(problem("sm80_2d_causal", 1, 2, 2, 32, [29, 31], [14, 13], [3, 1], [2, 1], [True, False]), "float32"),
+    Case(problem("sm80_3d", 1, 2, 1, 200, [7, 11, 12], [4, 6, 5], [1, 2, 1]), "bfloat16", value_dim=252),
+    Case(problem("sm80_3d_wide", 1, 2, 1, 72, [7, 11, 12], [4, 6, 5], [1, 2, 1]), "float32", additional=5),
+    Case(problem("sm80_small_1d", 2, 2, 1, 64, [300], [63]), "float16"),
+    Case(problem("sm80_small_2d", 2, 4, 2, 32, [20, 18], [7, 7]), "float16", bias=True),
+    Case(problem("sm80_small_dilated", 1, 2, 2, 24, [23, 30], [5, 7], [1, 3], [2, 1]), "bfloat16", value_dim=17),
+    Case(problem("sm80_small_3d", 1, 2, 1, 24, [6, 11, 14], [3, 5, 7]), "bfloat16", value_dim=32),
+)
+
 
 # Each structure of the forward in each rank, and the backward; ragged dilation groups, padded head dims, padded key
 # tiles, fewer key heads.
@@ -65,9 +80,11 @@ HOPPER_CASES = (
 
 
 def main() -> None:
-    names = sys.argv[1:] or ["naive", *(["sm90"] if jax.devices()[0].compute_capability == "9.0" else [])]
+    names = sys.argv[1:] or ["naive", "sm80", *(["sm90"] if jax.devices()[0].compute_capability == "9.0" else [])]
     if "naive" in names:
-        run_naive()
+        run(CASES, "naive")
+    if "sm80" in names:
+        run(SM80_CASES, "sm80")
     if "sm90" in names:
         run_sm90()
 
@@ -88,12 +105,12 @@ def run_sm90() -> None:
         print(extended.name, flush=True)
 
 
-def run_naive() -> None:
-    for case in CASES:
+def run(cases, implementation: str) -> None:
+    for case in cases:
         operands, cotangents = draw(case)
-        jax.block_until_ready(jitted_fused(case, "naive")(operands, cotangents))
+        jax.block_until_ready(jitted_fused(case, implementation)(operands, cotangents))
         more, weights, *_ = expected_unfused(case)
-        jax.block_until_ready(jitted_unfused(case, "naive")(more, *weights))
+        jax.block_until_ready(jitted_unfused(case, implementation)(more, *weights))
         print(case.name, flush=True)
 
 
