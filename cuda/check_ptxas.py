@@ -26,6 +26,7 @@ ALLOWED_SPILLS = {
     r"backward_key.*ELb1ELb1E": (20, "producers, and the extension"),
     r"backward_key.*ELb1EEE": (64, "producers, and the extension"),
     r"backward_key": (20, "producers, which have 40 registers"),
+    r"backward_query.*Li128E": (80, "producers, which have 24 registers"),
     r"backward_query.*Li(32|64)E.*ELb1ELb[01]E": (48, "producers, which have 24 registers"),
     r"middle_forward.*Li64ELi1ELi3E": (24, "window bounds of three axes"),
     r"warp_forward.*Li64ELi104E": (56, "the longest list, bounds of windows"),

@@ -64,17 +64,20 @@ struct PassConsumer {
 
   // ---- row tiles
 
+  __device__ __forceinline__ int row_set() const { return part / Traits::kPartsOfSet; }
+  __device__ __forceinline__ const RowRecord& row_record() const { return smem.row_records[slot.index][row_set()]; }
+
   // Waits for the next one; false if there is none.
   __device__ __forceinline__ bool wait_for_rows() {
-    ptx::barrier_wait(&smem.row_full[slot.index], slot.parity);
-    return smem.row_records[slot.index].has_tile;
+    ptx::barrier_wait(&smem.row_full[slot.index][row_set()], slot.parity);
+    return row_record().has_tile;
   }
 
   // Hands a slot back to the producer once its results have left shared memory. To be called by all.
   __device__ __forceinline__ void release_rows(int& released) {
     if (released >= 0 && warp == 0 && lane == 0) {
       ptx::tma_store_wait_read();
-      ptx::barrier_arrive(&smem.row_empty[released]);
+      ptx::barrier_arrive(&smem.row_empty[released][row_set()]);
     }
     released = -1;
   }
@@ -251,7 +254,7 @@ struct PassConsumer {
   // Enqueues the store of a result that all warps of the group have written, after async_proxy_fence() and
   // sync_group(). By one thread.
   __device__ __forceinline__ void store_result(Operand operand) {
-    const RowRecord& record = smem.row_records[slot.index];
+    const RowRecord& record = row_record();
     if (!part_is_live(record.tile)) return;
     const int x[kMaxRank] = {part_begin(record.tile, 0), part_begin(record.tile, 1), part_begin(record.tile, 2)};
 #pragma unroll

@@ -36,7 +36,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
     int unreleased_slot = -1;  // whose results may still be on their way to memory
     while (this->wait_for_rows()) {
       this->release_rows(unreleased_slot);
-      this->describe_rows(smem.row_records[slot.index].tile);
+      this->describe_rows(this->row_record().tile);
       float d_key[kKeyAccumulators], d_value[kValueAccumulators];
 #pragma unroll
       for (float& d : d_key) d = 0;
@@ -71,7 +71,7 @@ struct KeyPassConsumer : PassConsumer<Traits> {
  private:
   // A chunk's sums of additional keys, which are the rows, straight to the workspace.
   __device__ __forceinline__ void write_partials(Operand operand, const float (&result)[kDim / 2], float factor) {
-    const QueryTile& tile = smem.row_records[slot.index].tile;
+    const QueryTile& tile = this->row_record().tile;
     const int additional = params.extension.additional, kv_heads = params.schedule.by_heads.divisor;
     const int64_t table = int64_t(tile.batch) * params.schedule.axes[2].dilation + tile.phase[2];
 #pragma unroll

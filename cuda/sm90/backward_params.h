@@ -20,7 +20,7 @@ struct PassMaps {
 struct BackwardParams : TileParams {
   PassMaps maps[kMaxMapVariants];
   SlabAddress row_address, column_address;
-  int row_bytes, column_bytes;  // of all boxes of a row tile; of one operand of a column tile
+  int row_bytes, column_bytes;  // of all boxes of a part of a row tile; of one operand of a column tile
   bool padded;                  // column tiles have fewer columns than the kernel's
   int first_channel;   // of the rows' first operand; past the head dimension, where zeros are read, for scores of 0
   float exponent;      // P = 2^(exponent S - lse log2(e))

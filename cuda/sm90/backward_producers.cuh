@@ -85,10 +85,13 @@ struct PassProducer {
       load_columns(cursor, head, slab, last);
       if (kAhead > 0 && (--ahead == 0 || (last && ahead > 0))) load_rows();
     });
-    ptx::barrier_wait(&smem.row_empty[slot.index], slot.parity);
-    if (lane == 0) {
-      smem.row_records[slot.index].has_tile = 0;
-      ptx::barrier_arrive(&smem.row_full[slot.index]);
+#pragma unroll 1
+    for (int set = 0; set < Traits::kRowSets; ++set) {
+      ptx::barrier_wait(&smem.row_empty[slot.index][set], slot.parity);
+      if (lane == 0) {
+        smem.row_records[slot.index][set].has_tile = 0;
+        ptx::barrier_arrive(&smem.row_full[slot.index][set]);
+      }
     }
   }
 
@@ -133,14 +136,16 @@ struct PassProducer {
 
   __device__ __forceinline__ void load_rows() {
     const QueryTile& tile = smem.produced_tile;
-    walk.wait(&smem.row_empty[slot.index], slot.parity);
-    if (lane == 0) {
-      const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
-      uint64_t* full = &smem.row_full[slot.index];
-      smem.row_records[slot.index] = {tile, slab, map, 1};
-      ptx::barrier_arrive_expecting(full, params.row_bytes);
 #pragma unroll 1
-      for (int part = 0; part < Traits::kParts; ++part) {
+    for (int set = 0; set < Traits::kRowSets; ++set) {
+      walk.wait(&smem.row_empty[slot.index][set], slot.parity);
+      if (lane != 0) continue;
+      const int slab = params.row_address.slab<kRank>(tile, tile.head), map = map_variant<kRank>(params, tile);
+      uint64_t* full = &smem.row_full[slot.index][set];
+      smem.row_records[slot.index][set] = {tile, slab, map, 1};
+      ptx::barrier_arrive_expecting(full, Traits::kPartsOfSet * params.row_bytes);
+#pragma unroll 1
+      for (int part = set * Traits::kPartsOfSet; part < (set + 1) * Traits::kPartsOfSet; ++part) {
         const int (&offset)[kMaxRank] = smem.part_offset[part];
 #pragma unroll 1
         for (int operand = 0; operand < kOperands; ++operand) {
@@ -263,6 +268,7 @@ template <class Traits>
 struct MaskProducer {
   using Shared = typename Traits::Shared;
   static constexpr int kRank = Traits::kRank;
+  static_assert(!Traits::kMasksAhead || Traits::kRowSets == 1, "one set tells what all parts see");
 
   const BackwardParams& params;
   Shared& smem;
@@ -274,9 +280,10 @@ struct MaskProducer {
 
   __device__ void run() {
     for (;;) {
-      ptx::barrier_wait(&smem.row_full[slot.index], slot.parity);
-      if (!smem.row_records[slot.index].has_tile) return;
-      find_windows(smem.row_records[slot.index].tile);
+      ptx::barrier_wait(&smem.row_full[slot.index][0], slot.parity);
+      const RowRecord& rows = smem.row_records[slot.index][0];
+      if (!rows.has_tile) return;
+      find_windows(rows.tile);
       for (bool last = false; !last;) {
         ptx::barrier_wait(&smem.column_full[stage.index][kScores], stage.parity);
         const ColumnRecord& record = smem.column_records[stage.index];

@@ -29,7 +29,7 @@ struct QueryPassConsumer : PassConsumer<Traits> {
     int unreleased_slot = -1;  // whose results may still be on their way to memory
     while (this->wait_for_rows()) {
       this->release_rows(unreleased_slot);
-      const RowRecord& record = smem.row_records[slot.index];
+      const RowRecord& record = this->row_record();
       this->describe_rows(record.tile);
       float lse[2], delta[2];  // lse in powers of two
       find_row_constants(record, lse, delta);

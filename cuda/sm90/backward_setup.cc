@@ -79,7 +79,7 @@ cudaError_t set_up_pass(Walk pass, const FusedBackwardParams& problem, const Pas
   params.padded = product(plan.key_tile) < compiled.columns;
   const cudaError_t error = set_up_maps(problem, tensors, plan, compiled.chunk, params);
   if (error != cudaSuccess) return error;
-  params.row_bytes = kOperands * product(plan.query_tile) * compiled.chunks() * compiled.row_bytes();
+  params.row_bytes = kOperands * product(plan.query_part) * compiled.chunks() * compiled.row_bytes();
   params.column_bytes = product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
   params.row_address = slab_address(neighborhood, tensors.row_heads);
   params.column_address = slab_address(neighborhood, tensors.column_heads);

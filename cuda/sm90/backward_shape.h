@@ -48,7 +48,7 @@ constexpr PassShape pass_shape(Walk pass, int dim, bool small) {
     return dim == 32    ? PassShape{32, 128, 4, 2, 2, 2, 1, 232, 32}
            : dim == 64  ? PassShape{64, 128, 4, 2, 2, 2, 1, 232, 64}
            : dim == 96  ? PassShape{96, 128, 3, 1, 2, 2, 1, 232, 32}
-           : dim == 128 ? PassShape{128, 128, 2, 1, 2, 2, 1, 232, 64}
+           : dim == 128 ? PassShape{128, 128, 2, 1, 2, 2, 1, 240, 64}
            : dim == 192 ? PassShape{192, 80, 2, 1, 2, 2, 1, 232, 64}
                         : PassShape{256, 32, 2, 1, 2, 2, 1, 232, 64};
   }

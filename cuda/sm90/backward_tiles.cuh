@@ -61,6 +61,9 @@ struct PassTraits {
   // What warps besides the first producer's do ahead of the consumers. In the query pass, whose ring is short, masks so
   // come late.
   static constexpr bool kGathersStarts = kPass == kKeyPass, kMasksAhead = kPass == kKeyPass;
+  // Parts that get their rows together. In the query pass each is on its own, so that one's products fill the time in
+  // which another ends a row tile and begins the next; in the key pass that costs more than it gains.
+  static constexpr int kRowSets = kPass == kQueryPass ? kParts : 1, kPartsOfSet = kParts / kRowSets;
   static_assert(kShape.dim == kDim, "no such head dimension");
   static_assert(kShape.producer_registers() >= 24 && kShape.producer_registers() % 8 == 0,
                 "consumers take more registers than there are: they would wait for ever");
@@ -77,10 +80,10 @@ struct PassTraits {
     int part_offset[kParts][kMaxRank];            // where a part begins in a row tile
     uint32_t row_coordinates[kPartRows];          // of the rows in a part, a byte per axis
     Interval windows[kGroups][kPartRows][kRank];  // of each row, relative to QueryTile::key
-    RowRecord row_records[kSlots];
+    RowRecord row_records[kSlots][kRowSets];
     ColumnRecord column_records[kStages];
     QueryTile produced_tile, gathered_tile;  // the producers' own
-    uint64_t row_full[kSlots], row_empty[kSlots];
+    uint64_t row_full[kSlots][kRowSets], row_empty[kSlots][kRowSets];
     uint64_t column_full[kStages][kOperands], column_empty[kStages];
     uint64_t part_done;  // where a part's columns of results are divided among warpgroups
     ColumnExtension column_extensions[kExtended ? kStages : 1];
@@ -94,8 +97,10 @@ template <class Traits>
 __device__ __forceinline__ void set_up_pass(const BackwardParams& params, typename Traits::Shared& smem) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kSlots; ++i) {
-      ptx::barrier_init(&smem.row_full[i], 1);
-      ptx::barrier_init(&smem.row_empty[i], Traits::kGroups);
+      for (int set = 0; set < Traits::kRowSets; ++set) {
+        ptx::barrier_init(&smem.row_full[i][set], 1);
+        ptx::barrier_init(&smem.row_empty[i][set], Traits::kGroups / Traits::kRowSets);
+      }
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       // The lanes that gather start values arrive too.
