@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import report
+import stock
 from report import problems
 
 
@@ -33,8 +34,8 @@ def compare(problem, peak: float, repeats: int) -> list[dict]:
     arrays = report.draw(problem, jnp.float32, seed=0)
     attentions = {
         "cpu": report.ours(problem, "cpu"),
-        "dense": report.dense_mask(problem),
-        "gather": report.gather(problem),
+        "dense": stock.dense_mask(problem),
+        "gather": stock.gather(problem),
     }
     rows = []
     for direction, operations in (("forward", ["forward"]), ("forward+backward", ["forward", "backward"])):

@@ -1,4 +1,4 @@
-"""Times implementations on a GPU, fused attention beside attention under a dense mask as XLA runs it.
+"""Times implementations on a GPU, fused attention beside what JAX itself offers (stock.py).
 
     python benchmarks/gpu.py [--groups small unfused] [--only nat_56] [--implementations naive xla] [--dtype bfloat16]
     python benchmarks/gpu.py --groups large small --peers PEERS.csv
@@ -8,10 +8,11 @@ overlap with the work of the call before, as in a model, and what a jitted funct
 those of the first implementation that has a kernel, named in the table. Useful operations are those of the pairs inside
 windows, bandwidth counts every tensor once, and both are given as fractions of the device's peak (tensor cores, dense,
 for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense attention, forward or backward, on
-`dense16k_d128`, timed in turns with it, since clocks differ between machines and fall under load. --peers names a CSV
+`dense16k_d128`, timed in turns with it, since clocks differ between machines and fall under load. "stock / sm90" is the
+time of the fastest of JAX's own ways over that of "sm90", and so on. --peers names a CSV
 file with the columns problem, peer, and forward_kernel_ms, forward_call_ms, backward_kernel_ms, backward_call_ms; each
 peer gets a column with its time. Results are checked in the same run: outputs against float64 on random rows, fused
-gradients of one head against those of the direct kernels in float32.
+gradients of one head against those of the direct kernels in float32; outputs of JAX's own ways like ours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+import stock
 from report import problems
 
 import jax_natten
@@ -42,7 +44,6 @@ IMPLEMENTATIONS = {
     "small": ("sm90", "sm80", "naive"),
     "unfused": ("sm80", "naive"),
 }
-DENSE_LIMIT = 2**33  # scores: more than that does not fit a GPU
 # Vendor's figures by jax.Device.device_kind: bytes per second, and operations per second by bytes of the dtype.
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": (2.04e12, {2: 312e12, 4: 19.5e12, 8: 9.7e12}),
@@ -92,8 +93,8 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
     repeats = arguments.repeats
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
-    if problem.batch * problem.heads * problem.positions**2 <= DENSE_LIMIT:
-        attentions["dense"] = report.dense_mask(problem)
+    alternatives = stock.alternatives(problem, dtype.itemsize)
+    attentions |= alternatives
     for direction, chain in (("forward", forward_chain), ("backward", backward_chain)):
         forward = direction == "forward"
         if arguments.forward_only and not forward:
@@ -107,11 +108,24 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
         line = row(problem, direction, times, first, *report.cost(problem, dtype, direction), error, dtype)
         if isinstance(cudnn, float):
             line["of cuDNN"] = 1e12 * line["useful TFLOP/s"] * cudnn / yardstick.operations[direction]
+        line |= speed_ups(implementations, times)
+        timed = [f for name, f in alternatives.items() if forward and isinstance(times[name], float)]
+        if timed:
+            line["stock error"] = max(report.error(problem, arrays, jax.jit(f)(*arrays[:3])) for f in timed)
         yield line | (tile_columns(problem, dtype) if first == "sm90" and forward else {})
 
 
 def first_timed(names, times: dict) -> str:
     return next((name for name in names if isinstance(times[name], float)), names[0])
+
+
+def speed_ups(implementations, times: dict) -> dict:
+    """Over the fastest of JAX's own ways."""
+    fastest = min(
+        (t for name, t in times.items() if name not in implementations and isinstance(t, float)), default=None
+    )
+    ours = {name: times[name] for name in implementations if isinstance(times[name], float)}
+    return {f"stock / {name}": fastest / seconds for name, seconds in ours.items()} if fastest else {}
 
 
 def tile_columns(problem, dtype) -> dict:
@@ -192,11 +206,8 @@ def row(problem, direction, times, first, operations, moved, error, dtype) -> di
     """A line of the table. Fractions of the peak are left out for a device that PEAKS does not list."""
     seconds = times[first]
     line = {"problem": problem.name, "direction": direction, "implementation": first}
-    line |= {f"{name} ms": 1e3 * t if isinstance(t, float) else t for name, t in times.items() if name != "dense"}
-    dense = times.get("dense", "-")
+    line |= {f"{name} ms": 1e3 * t if isinstance(t, float) else t for name, t in times.items()}
     timed = isinstance(seconds, float)
-    line["dense ms"] = 1e3 * dense if isinstance(dense, float) else dense
-    line["speed-up over dense"] = dense / seconds if timed and isinstance(dense, float) else "-"
     bandwidth, rates = PEAKS.get(jax.devices()[0].device_kind, (math.nan, {}))
     rate, flow = (operations / seconds, moved / seconds) if timed else (math.nan, math.nan)
     line |= {"useful TFLOP/s": rate / 1e12, "of peak": rate / rates.get(dtype.itemsize, math.nan)}

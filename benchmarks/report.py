@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternatives to compare with, timing, a check against float64, tables and CSV files."""
+"""What the benchmarks share: operands, timing, a check against float64, tables and CSV files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
 import jax_natten
-from jax_natten import reference
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
@@ -42,30 +40,6 @@ def draw(problem: problems.Problem, dtype, seed: int) -> list[jax.Array]:
 
 def ours(problem, implementation: str | tuple[str, ...]) -> Callable:
     return lambda q, k, v: jax_natten.neighborhood_attention(q, k, v, **problem.window, implementation=implementation)
-
-
-def dense_mask(problem) -> Callable:
-    """All scores of all pairs, those outside the windows masked: what a user of plain JAX writes first."""
-    mask = jnp.asarray(reference.mask(neighborhood(problem), problem.grid))
-
-    def attention(q, k, v):
-        flat = [x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v)]
-        return jax.nn.dot_product_attention(*flat, mask=mask[None, None]).reshape(q.shape)
-
-    return attention
-
-
-def gather(problem) -> Callable:
-    """Every query gathers the keys and values of its window: no wasted products, prod(kernel_size) copies in memory."""
-    positions, valid = reference.slot_positions(neighborhood(problem), problem.grid)
-
-    def attention(q, k, v):
-        query, key, value = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in (q, k, v))
-        scores = jnp.einsum("bxhd,bxshd->bxhs", query, key[:, positions]) * problem.dim**-0.5
-        weights = jax.nn.softmax(jnp.where(jnp.asarray(valid)[:, None], scores, -jnp.inf))
-        return jnp.einsum("bxhs,bxshd->bxhd", weights, value[:, positions]).reshape(q.shape)
-
-    return attention
 
 
 def with_gradients(attention: Callable) -> Callable:

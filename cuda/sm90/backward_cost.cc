@@ -25,7 +25,7 @@ constexpr PassCost large_pass_cost(Walk pass, int dim) {
     return dim == 32    ? PassCost(1.25, 0.14, 2.5)
            : dim == 64  ? PassCost(1.36, 0.14, 2.5)
            : dim == 96  ? PassCost(2.10, 0.14, 2.0)
-           : dim == 128 ? PassCost(2.40, 0.14, 2.0)
+           : dim == 128 ? PassCost(2.16, 0.14, 2.0)
            : dim == 192 ? PassCost(2.65, 0.10, 2.5)
                         : PassCost(2.00, 0.04, 3.0);
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ from hopper import (
     random_cases,
 )
 from problems import HARD, LARGE, SMALL, problem
-from tolerance import assert_as_good_as_plain, relative_error
+from tolerance import FEW, assert_as_good_as_plain, relative_error
 
 import jax_natten
 
@@ -124,6 +125,10 @@ def check_against_naive(case: Case) -> None:
         error = np.linalg.norm(np.float32(results[name]) - np.float32(expected[name]))
         # Gradients that cancel out are not asked to be exact.
         size = max(np.linalg.norm(np.float32(expected[name])), 1e-3 * expected[name].size ** 0.5)
+        if name == "d_rpb" and expected[name].size < FEW:
+            # The few sums over all queries may cancel by chance; their terms are as large as this together.
+            keys = math.prod(case.problem.kernel_size) + case.additional
+            size = max(size, 0.1 * np.linalg.norm(np.float32(d_out)) / keys**0.5)
         assert error / size < GRADIENT_ERROR[case.dtype], (case.name, name)
 
 
