@@ -100,8 +100,8 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
         if arguments.forward_only and not forward:
             return
         chains = {name: chain(f) for name, f in attentions.items()}
-        times = time_chains(chains, arrays, repeats, {"cuDNN": yardstick.chains[direction]} if yardstick else {})
-        cudnn = times.pop("cuDNN", None)
+        times = time_chains(chains, arrays, repeats, {"yardstick": yardstick.chains[direction]} if yardstick else {})
+        cudnn = times.pop("yardstick", None)
         first = first_timed(implementations, times)
         timed = isinstance(times[first], float)
         error = check_fused(problem, arrays, attentions[first], gradients=not forward) if timed else math.nan

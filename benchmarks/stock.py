@@ -22,7 +22,7 @@ def alternatives(problem, itemsize: int = 2) -> dict[str, Callable]:
     found = {}
     if is_dense(problem):
         return {"cuDNN": cudnn()}
-    if 4 * scores <= MEMORY:
+    if 6 * scores <= MEMORY:  # in float32, and the weights
         found["dense mask"] = dense_mask(problem)
     if itemsize * problem.positions**2 <= MEMORY:
         found["cuDNN mask"] = dense_mask(problem, implementation="cudnn")
