@@ -18,15 +18,16 @@ __device__ __forceinline__ void mask_row(float (&scores)[kCount], int i, uint32_
   }
 }
 
-// The same for both rows and the columns of one span of kColumns.
+// The same for both rows and the columns of one span of kColumns. Row by row: seven bits of a word then become
+// predicates in one instruction (R2P).
 template <int kColumns, int kCount>
 __device__ __forceinline__ void mask_columns(float (&scores)[kCount], int span, const uint32_t (&words)[2]) {
 #pragma unroll
-  for (int bit = 0; bit < kColumns / 4; ++bit) {
-    const int n = span * (kColumns / 4) + bit;
-    if (n >= kCount / 2) break;
+  for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int bit = 0; bit < kColumns / 4; ++bit) {
+      const int n = span * (kColumns / 4) + bit;
+      if (n >= kCount / 2) break;
       float& score = scores[n / 2 * 4 + 2 * i + n % 2];
       score = (words[i] >> n) & 1 ? score : -INFINITY;
     }

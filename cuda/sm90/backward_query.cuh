@@ -126,12 +126,12 @@ struct QueryPassConsumer : PassConsumer<Traits> {
       ptx::wgmma_fence();
       ptx::pin(scores);
       this->issue_product(kScores, scores, false);
+      this->wait_for_columns(kGradients);  // while products are under way the look costs nothing
       ptx::wgmma_wait<1>();  // the previous tile's dS K
       ptx::pin(d_query);
       ptx::pin(d_scores);
       this->release_held();
 
-      this->wait_for_columns(kGradients);
       ptx::wgmma_fence();
       ptx::pin(d_probabilities);
       this->issue_product(kGradients, d_probabilities, false);

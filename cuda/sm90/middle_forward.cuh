@@ -50,12 +50,14 @@ struct MiddleConsumer : WarpgroupConsumer<Traits> {
       uint32_t words[2];  // columns that the thread's rows see
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        words[i] = key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4);
+                words[i] = key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4);
       }
       const uint32_t seen = __reduce_or_sync(~0u, words[0] | words[1]);
       const auto sees = [seen](int span) { return (seen >> span * (kSpanColumns / 4) & 0xff) != 0; };
       this->release_slot(unreleased_slot);
 
+      // The values have come with the keys: here the look costs nothing, after the exponentials it takes its time.
+      ptx::barrier_wait(&smem.value_full[stage.index], stage.parity);
       ptx::wgmma_wait<0>();
       ptx::pin(scores);
       this->release(&smem.key_empty[stage.index]);
@@ -73,7 +75,6 @@ struct MiddleConsumer : WarpgroupConsumer<Traits> {
       if (softmax.raise_maximum<kSpanColumns>(scores, sees)) this->rescale(out, softmax);
       softmax.exponentiate<kSpanColumns>(scores, sees, pack);
 
-      ptx::barrier_wait(&smem.value_full[stage.index], stage.parity);
       ptx::wgmma_fence();
       ptx::pin(out);
       ptx::pin(p);
