@@ -123,7 +123,7 @@ py::dict described(const TileCounts& tiles, double pairs, double computed_pairs)
 
 py::dict described(const sm90::Prediction& p) {
   py::dict result = described(p.tiles, p.pairs, p.computed_pairs);
-  result["seconds"] = p.seconds;
+  result["cost"] = p.seconds;
   result["compute"] = p.compute;
   result["shared_memory"] = p.shared_memory;
   result["memory"] = p.memory;
