@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jaxlib
 
 import jax_natten
-from jax_natten import commands, dispatch, native, tuned_tiles
+from jax_natten import commands, dispatch, native, tiles, tuned_tiles
 from jax_natten.commands import align
 
 _DERIVATIVES = 'Tangents (jax.jvp) and derivatives of derivatives of fused attention run on "xla" everywhere.'
@@ -35,18 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("info", help="versions, devices, what was built, and which implementation runs where")
     simulate = subparsers.add_parser(
-        "simulate", help="tiles of the Hopper kernels and their expected speed; no GPU needed"
+        "simulate", help="tiles of the tensor-core kernels, the work they make and their expected speed; no GPU needed"
     )
     profile = subparsers.add_parser("profile", help="time and speed of a problem on the GPU at hand")
-    tune = subparsers.add_parser("tune", help="measure tiles of the Hopper kernels on the GPU at hand, store the best")
+    tune = subparsers.add_parser(
+        "tune", help="measure tiles of the tensor-core kernels on the GPU at hand, store the best"
+    )
     for command in (simulate, profile, tune):
         commands.add_problem_arguments(command)
     for command in (simulate, profile):
         commands.add_tile_arguments(command)
     simulate.add_argument("--count", type=int, default=5, help="how many choices of tiles to show")
-    simulate.add_argument("--processors", type=int, help="multiprocessors of the GPU, by default those of an H100")
+    simulate.add_argument(
+        "--processors", type=int, help="sm90: multiprocessors of the GPU, by default those of an H100"
+    )
+    simulate.add_argument(
+        "--implementation", choices=tuple(tiles.ATTRIBUTES), help="by default sm90, or what --tiles are for"
+    )
     profile.add_argument("--implementation", help="as the argument of the functions; several with commas between them")
-    tune.add_argument("--count", type=int, default=16, help="how many tiles to time, the best ones of the cost model")
+    tune.add_argument("--count", type=int, default=16, help="how many tiles to time, those that simulate shows first")
+    tune.add_argument(
+        "--implementation", choices=tuple(tiles.ATTRIBUTES), help="by default what a call runs on this GPU"
+    )
     tune.add_argument("--again", action="store_true", help="measure also if the best tiles are stored already")
     parsed = parser.parse_args(arguments)
     if parsed.command == "info":

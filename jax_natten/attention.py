@@ -63,17 +63,17 @@ def neighborhood_attention(
       rpb: relative position bias ``[Hq, *(2 * kernel_size - 1)]`` of any floating dtype, added to the scaled scores at
         index ``key - query + kernel_size - 1`` (in-group indices). Not with causal axes.
       return_lse: whether to return the log-sum-exp of the scores as well, see :func:`merge_attentions`.
-      implementation: None picks the best that applies on each platform; or a name ("sm90", "naive", "cpu", "xla"), or
-        a sequence of names tried in order. Tangents (``jax.jvp``) and derivatives of derivatives run on "xla" whatever
-        is named, in bounded memory: there are no kernels for them.
+      implementation: None picks the best that applies on each platform; or a name ("sm90", "sm80", "naive", "cpu",
+        "xla"), or a sequence of names tried in order. Tangents (``jax.jvp``) and derivatives of derivatives run on
+        "xla" whatever is named, in bounded memory: there are no kernels for them.
       precision: how far float32 products may be rounded, as in ``jax.lax.dot``: "highest" not at all, "high" to
         TensorFloat32, "default" as far as the device is fastest. A kernel may always be more exact: "cpu" and "naive"
         are exact whatever is asked. "xla" hands it to XLA, for 16-bit inputs as well, which it multiplies as float32.
         None follows ``jax.default_matmul_precision`` at trace time; where that is not set either, it is "highest", on
         GPUs and TPUs too, unlike in ``jax.numpy``.
-      tiles: how "sm90" cuts the forward into pieces, instead of its own choice (see ``python -m jax_natten simulate``)
-        or of what was measured (:mod:`jax_natten.tuning`, if enabled). The result is the same up to rounding. Other
-        implementations, and derivatives, do as they like.
+      tiles: how "sm90" or "sm80", whichever they are for, cuts the forward into pieces, instead of its own choice (see
+        ``python -m jax_natten simulate``) or of what was measured (:mod:`jax_natten.tuning`, if enabled). The result is
+        the same up to rounding. Other implementations, and derivatives, do as they like.
 
     Returns:
       ``out`` ``[*batch, *X, Hq, Dv]`` in the dtype of ``query``; with ``return_lse`` also the natural logarithm of the
@@ -83,7 +83,7 @@ def neighborhood_attention(
       TypeError: a dtype or an argument's type is not supported.
       ValueError: shapes do not match, a window does not fit the grid, or tiles do not fit the case.
       NotImplementedError: a named implementation cannot take the case, and says which limit was hit; or tiles are asked
-        for, but no implementation that takes them.
+        for, but not the implementation that they are for.
     """
     window = Neighborhood.make(kernel_size, stride, dilation, is_causal)
     named = checks.arrays(query=query, key=key, value=value)

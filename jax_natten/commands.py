@@ -8,6 +8,7 @@ import functools
 import math
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,19 @@ def add_tile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward", action="store_true", help="the backward, instead of the forward")
     parser.add_argument(
         "--tiles",
-        metavar="STRUCTURE:QUERYTILE:QUERYPART:KEYTILE[:HEADS,SLOTS,STAGES]",
-        help="instead of the model's choice, e.g. wide:16x8:8x8:16x8",
+        metavar="STRUCTURE:QUERYTILE:QUERYPART[:KEYTILE[:HEADS,SLOTS,STAGES|:ROWS]]",
+        help="instead of the default choice, e.g. wide:16x8:8x8:16x8 or sm80_tiles:16x8:8x4:8x8:128",
     )
 
 
 def simulate(arguments: argparse.Namespace) -> int:
-    """Prints what the cost model of the Hopper kernels expects."""
+    """Prints what is expected of tiles: of "sm90" by its cost model, of "sm80" by counts alone."""
     problem, asked = _problem(arguments), _tiles(arguments)
+    if asked is not None and arguments.implementation not in (None, asked.implementation):
+        raise ValueError(f"tiles of structure {asked.structure} are for {asked.implementation!r}")
+    implementation = arguments.implementation or ("sm90" if asked is None else asked.implementation)
+    if implementation == "sm80":
+        return _simulate_sm80(problem, asked, arguments)
     if arguments.backward:
         return _simulate_backward(problem, asked, arguments)
     found = tiles.simulate(problem, asked, processors=arguments.processors, count=arguments.count)
@@ -58,6 +64,26 @@ def simulate(arguments: argparse.Namespace) -> int:
         f"{1e3 * best.dense_seconds:.4g} ms. {best.pairs:.4g} pairs in windows, "
         f"{4e-12 * best.pairs * problem.head_dim / best.seconds:.4g} useful TFLOP/s. Counts are exact, "
         "times those of a model of an H100."
+    )
+    return 0
+
+
+def _simulate_sm80(problem: dispatch.Problem, asked, arguments: argparse.Namespace) -> int:
+    if arguments.backward:
+        raise ValueError("of 'sm80' only the forward is simulated")
+    if arguments.processors is not None:
+        raise ValueError("processors matter to times, and 'sm80' has no model of times")
+    found = tiles.simulate_sm80(problem, asked, count=arguments.count)
+    print(_describe(problem))
+    rows = [["", "tiles", "speed-up", "visited", "useful", "masked"]]
+    for n, each in enumerate(found):
+        rows.append(["default" if n == 0 and asked is None else "", *_counts(each)])
+    print("\n".join(align(rows)))
+    print(
+        f"\n{found[0].query_tiles:.6g} query tiles; visited: key tiles per query tile. {found[0].pairs:.4g} pairs in "
+        "windows. Counts are exact; of times 'sm80' has no model. Speed-up over dense attention: by the pairs that are "
+        "computed, and as many as masks, copies and idle warps are estimated to take. Kernels (small windows, of 64 "
+        "rows, of 128) take turns, each with its best tiles first: pairs do not tell which is faster."
     )
     return 0
 
@@ -87,21 +113,21 @@ def _backward_of(problem: dispatch.Problem, asked) -> dispatch.Problem:
 
 
 def _table(found: list[tuple[str, tiles.Simulation]]) -> list[str]:
-    rows = [("", "tiles", "time", "speed-up", "visited", "useful", "masked", "bound")]
+    rows = [["", "tiles", "time", "speed-up", "visited", "useful", "masked", "bound"]]
     for label, each in found:
-        rows.append(
-            (
-                label,
-                spell(each.tiles),
-                f"{1e3 * each.seconds:.4g} ms",
-                f"{each.speedup:.2f}x",
-                f"{each.visited / each.query_tiles:.4g}",
-                f"{each.useful_fraction:.1%}",
-                f"{each.masked_fraction:.1%}",
-                each.bound,
-            )
-        )
+        name, *counts = _counts(each)
+        rows.append([label, name, f"{1e3 * each.seconds:.4g} ms", *counts, each.bound])
     return align(rows)
+
+
+def _counts(each: tiles.Work) -> tuple[str, ...]:
+    return (
+        spell(each.tiles),
+        f"{each.speedup:.2f}x",
+        f"{each.visited / each.query_tiles:.4g}",
+        f"{each.useful_fraction:.1%}",
+        f"{each.masked_fraction:.1%}",
+    )
 
 
 def profile(arguments: argparse.Namespace) -> int:
@@ -118,7 +144,8 @@ def profile(arguments: argparse.Namespace) -> int:
     dispatch.check_tiles(problem, requested, asked)
     names = dispatch.candidates(problem, "cuda", requested)
     capability = str(getattr(gpus[0], "compute_capability", ""))
-    runs = next((name for name in names if name != "sm90" or capability == "9.0"), "none")
+    runs = next((n for n in names if n not in tiles.ATTRIBUTES or tiles.runs_on(n, capability)), "none")
+    own = dispatch.own_tiles(problem, runs, asked)
     seconds = (_measure_backward if arguments.backward else _measure)(problem, requested, asked)
     flops = 10 if arguments.backward else 4  # per pair and channel: two products, or five
     pairs = problem.batch * problem.heads * problem.neighborhood.pairs(problem.grid)
@@ -133,12 +160,15 @@ def profile(arguments: argparse.Namespace) -> int:
         rows += [(f"tiles of the {name} pass", spell(best.tiles)) for name, (best,) in passes.items()]
         rows.append(("model", f"expects {1e3 * sum(best.seconds for (best,) in passes.values()):.4g} ms"))
     elif runs == "sm90":
-        (expected,) = tiles.simulate(problem, asked)
+        (expected,) = tiles.simulate(problem, own)
         rows += [
             ("structure", expected.tiles.structure),
             ("tiles", spell(expected.tiles)),
             ("bound", f"{expected.bound}; the model expects {1e3 * expected.seconds:.4g} ms"),
         ]
+    elif runs == "sm80" and not arguments.backward:
+        (work,) = tiles.simulate_sm80(problem, own)
+        rows += [("structure", work.tiles.structure), ("tiles", spell(work.tiles))]
     print(_describe(problem))
     print("\n".join(align(rows)))
     return 0
@@ -147,17 +177,20 @@ def profile(arguments: argparse.Namespace) -> int:
 def tune(arguments: argparse.Namespace) -> int:
     """Finds the fastest tiles of a problem on the GPU at hand, stores them and prints what was measured."""
     problem = _problem(arguments)
-    found = tuning.tune_problem(problem, count=arguments.count, again=arguments.again)
+    found = tuning.tune_problem(
+        problem, implementation=arguments.implementation, count=arguments.count, again=arguments.again
+    )
     rows = [("", "tiles", "time", "the model expects")]
     for each in found.measured:
         best = "best" if each.tiles == found.tiles else ""
-        rows.append((best, spell(each.tiles), f"{1e3 * each.seconds:.4g} ms", f"{1e3 * each.expected:.4g} ms"))
-    print(_describe(problem))
+        expected = "no model" if each.expected is None else f"{1e3 * each.expected:.4g} ms"
+        rows.append((best, spell(each.tiles), f"{1e3 * each.seconds:.4g} ms", expected))
+    print(f"{_describe(problem)}; {found.tiles.implementation}")
     if found.measured:
         print("\n".join(align(rows)))
         (best_seconds,) = (each.seconds for each in found.measured if each.tiles == found.tiles)
         gain = found.measured[0].seconds / best_seconds - 1
-        print(f"\n{gain:.1%} faster than the model's choice, which is the first one. Stored in {found.path}.")
+        print(f"\n{gain:.1%} faster than the default choice, which is the first one. Stored in {found.path}.")
     else:
         print(f"{spell(found.tiles)} is stored in {found.path}; --again measures anew.")
     print(f"Programs use it after jax_natten.tuning.enable(), or with {tuned_tiles.ENABLED_VARIABLE}=1.")
@@ -172,11 +205,16 @@ def align(rows) -> list[str]:
 
 def spell(asked: tiles.Tiles | tiles.PassTiles) -> str:
     """Tiles as the command line takes them, and those of the backward likewise."""
-    boxes = ("x".join(map(str, box)) for box in (asked.query_tile, asked.query_part, asked.key_tile))
-    text = ":".join((asked.structure, *boxes))
-    if isinstance(asked, tiles.PassTiles) or asked.structure != "warp":
+    query_tile, query_part, key_tile = (
+        "x".join(map(str, box)) for box in (asked.query_tile, asked.query_part, asked.key_tile)
+    )
+    text = f"{asked.structure}:{query_tile}:{query_part}"
+    if asked.structure == "sm80_small":
         return text
-    return f"{text}:{asked.heads},{asked.slots},{asked.stages}"
+    text = f"{text}:{key_tile}"
+    if isinstance(asked, tiles.PassTiles) or asked.structure not in ("warp", "sm80_tiles"):
+        return text
+    return f"{text}:{asked.rows if asked.structure == 'sm80_tiles' else f'{asked.heads},{asked.slots},{asked.stages}'}"
 
 
 def _measure(problem: dispatch.Problem, requested, asked) -> float:
@@ -267,11 +305,16 @@ def _problem(arguments: argparse.Namespace) -> dispatch.Problem:
 def parse_tiles(text: str) -> tiles.Tiles:
     """The inverse of :func:`spell`."""
     structure, *parts = text.split(":")
-    if len(parts) not in (3, 4):
-        raise ValueError(f"tiles must be like wide:16x8:8x8:16x8 or warp:28x4:4x4:34x10:1,2,2; got {text!r}")
     rest = [int(x) for x in parts[3].split(",")] if len(parts) == 4 else []
-    query_tile, query_part, key_tile = map(_sizes, parts[:3])
-    return tiles.Tiles(structure, query_tile, query_part, key_tile, *rest)
+    names = ("rows",) if structure == "sm80_tiles" else ("heads", "slots", "stages")
+    if len(parts) not in (2, 3, 4) or len(rest) > len(names):
+        raise ValueError(
+            "tiles must be like wide:16x8:8x8:16x8, warp:28x4:4x4:34x10:1,2,2, sm80_tiles:8x8:4x4:8x8:64 or "
+            f"sm80_small:8x8:4x4; got {text!r}"
+        )
+    boxes = [_sizes(part) for part in parts[:3]]
+    own: dict[str, Any] = dict(zip(names, rest))
+    return tiles.Tiles(structure, boxes[0], boxes[1], boxes[2] if len(boxes) > 2 else (), **own)
 
 
 def _describe(problem: dispatch.Problem) -> str:

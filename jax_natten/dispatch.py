@@ -31,8 +31,6 @@ IMPLEMENTATIONS = ("sm90", "sm80", "naive", "cpu", "xla")
 
 # In order of preference; the last one of each platform takes everything.
 _PREFERENCE = {"cuda": ("sm90", "sm80", "naive", "xla"), "cpu": ("cpu", "xla")}
-# The implementations that can be told their tiles.
-_TAKES_TILES = ("sm90",)
 _PLATFORM = {"sm90": "cuda", "sm80": "cuda", "naive": "cuda", "cpu": "cpu"}
 
 
@@ -74,14 +72,11 @@ def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def why_not(name: str, problem: Problem) -> str | None:
     """The limit that keeps implementation ``name`` from taking this problem on its own platform, or None."""
-    if name == "sm90" and problem.operation in ("fused_forward", "fused_backward"):
-        reason = tiles.why_not(problem)
-        return reason and f"{name!r} {reason}"
-    if name == "sm80":
-        reason = tiles.why_not_sm80(problem)
-        return reason and f"{name!r} {reason}"
-    if name == "sm90":
+    if name == "sm90" and problem.operation not in ("fused_forward", "fused_backward"):
         return f"{name!r} has no kernel for {problem.operation} yet"
+    if name in ("sm90", "sm80"):
+        reason = tiles.why_not(name, problem)
+        return reason and f"{name!r} {reason}"
     return None
 
 
@@ -97,39 +92,47 @@ def check(problem: Problem, requested: tuple[str, ...] | None) -> None:
 
 
 def check_tiles(problem: Problem, requested: tuple[str, ...] | None, asked: tiles.Tiles | None) -> None:
-    """Raises if tiles are asked for and no requested implementation takes tiles, or if they do not fit the problem.
+    """Raises if tiles are asked for, but not the implementation that they are for, or if they do not fit the problem.
 
     Raises:
       TypeError: not :class:`jax_natten.tiles.Tiles`.
-      NotImplementedError: no implementation that takes tiles is requested.
+      NotImplementedError: the implementation that they are for is not requested.
       ValueError: they do not fit; says why.
     """
     if asked is None:
         return
     if not isinstance(asked, tiles.Tiles):
         raise TypeError(f"tiles must be None or jax_natten.Tiles; got {asked!r}")
-    if not set(_TAKES_TILES) & set(requested or _defaults("cuda")):
+    if asked.implementation not in (requested or _defaults("cuda")):
         raise NotImplementedError(
-            f"tiles are for implementations {', '.join(_TAKES_TILES)}; got implementation={requested!r}"
+            f"tiles of structure {asked.structure} are for implementation {asked.implementation!r}; "
+            f"got implementation={requested!r}"
         )
-    reason = tiles.why_not(problem, asked)
+    reason = tiles.why_not_tiles(problem, asked)
     if reason is not None:
         raise ValueError(f"{asked} do not fit this case: {reason}")
 
 
-def tile_attribute(problem: Problem, names: Sequence[str], asked: tiles.Tiles | None) -> dict[str, np.ndarray]:
-    """The custom-call attribute that asks for tiles, where an implementation takes them.
+def own_tiles(problem: Problem, name: str, asked: tiles.Tiles | None) -> tiles.Tiles | None:
+    """The tiles that implementation ``name`` obeys; None: those of its own choice.
 
-    They are those that the caller asks for, or else those of :mod:`jax_natten.tuned_tiles`, if their use is enabled.
+    They are those that the caller asks for, if they are for this implementation, or else those of
+    :mod:`jax_natten.tuned_tiles`, if their use is enabled.
     """
-    if problem.operation != "fused_forward" or not set(_TAKES_TILES) & set(names):
-        return {}
-    if asked is None:
-        asked = tuned_tiles.lookup(problem)
-    if asked is None:
-        return {}
-    check_tiles(problem, tuple(names), asked)  # again, for the shapes of one device
-    return {"tiles": np.asarray(asked.fields(), np.int64)}
+    if problem.operation != "fused_forward" or name not in tiles.ATTRIBUTES:
+        return None
+    return asked if asked is not None and asked.implementation == name else tuned_tiles.lookup(problem, name)
+
+
+def tile_attributes(problem: Problem, names: Sequence[str], asked: tiles.Tiles | None) -> dict[str, np.ndarray]:
+    """The custom-call attributes that tell implementations their tiles, one for each that has some."""
+    attributes = {}
+    for name in names:
+        own = own_tiles(problem, name, asked)
+        if own is not None:
+            check_tiles(problem, (name,), own)  # again, for the shapes of one device
+            attributes[tiles.ATTRIBUTES[name]] = np.asarray(own.fields(), np.int64)
+    return attributes
 
 
 def _defaults(platform: str) -> tuple[str, ...]:

@@ -38,5 +38,5 @@ def _load(name: str, platform: str) -> ModuleType | None:
 cpu = _load("_cpu", "cpu")
 # XLA's spelling of this platform is upper case; the lower-case one is silently never looked up.
 cuda = _load("_cuda", "CUDA")
-# Either library tells which cases and tiles the Hopper kernels take, and what they cost.
+# Either library tells which cases and tiles the tensor-core kernels take, and what they cost.
 model = cpu or cuda

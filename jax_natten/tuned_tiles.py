@@ -2,9 +2,10 @@
 
 :mod:`jax_natten.tuning` measures and writes; :mod:`jax_natten.dispatch` looks up when a program is lowered.
 
-A file holds one problem on one kind of GPU for one version of the package. Its name is a hash of these, and it repeats
-them, so that no other file is ever taken for it. It is written elsewhere and then moved to its name: readers see all of
-it or nothing, and of several writers the last one stays. What cannot be read, or does not fit, is as good as not there.
+A file holds one problem for one implementation, kind of GPU and version of the package. Its name is a hash of these,
+and it repeats them, so that no other file is ever taken for it. It is written elsewhere and then moved to its name:
+readers see all of it or nothing, and of several writers the last one stays. What cannot be read, or does not fit, is as
+good as not there.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def enable(device: jax.Device | str | None = None) -> None:
 
 
 def disable() -> None:
-    """Undoes :func:`enable`: the cost model chooses tiles, as it does by default."""
+    """Undoes :func:`enable`: implementations choose their tiles themselves, as they do by default."""
     _use.gpu, _use.decided = None, True
 
 
@@ -113,6 +114,11 @@ def gpu_name(device: jax.Device) -> str:
     return f"{device.device_kind}, compute capability {getattr(device, 'compute_capability', 'unknown')}"
 
 
+def compute_capability(gpu: str) -> str:
+    """E.g. "9.0", of a GPU whose name :func:`gpu_name` has made."""
+    return gpu.rpartition(" ")[2]
+
+
 def directory() -> Path:
     """Where the files are: ``JAX_NATTEN_CACHE_DIR``, or ``jax_natten`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     named = os.environ.get(DIRECTORY_VARIABLE)
@@ -121,23 +127,25 @@ def directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_natten"
 
 
-def lookup(problem: Problem) -> tiles.Tiles | None:
-    """The tuned tiles of a problem, if their use is enabled and it has some."""
+def lookup(problem: Problem, implementation: str) -> tiles.Tiles | None:
+    """The tuned tiles of a problem for an implementation, if their use is enabled and it has some."""
     gpu = in_use()
     if gpu is None or 0 in (problem.batch, *problem.grid):  # empty, or not known before the program runs
         return None
-    return read(problem, gpu)
+    return read(problem, implementation, gpu)
 
 
-def read(problem: Problem, gpu: str) -> tiles.Tiles | None:
-    """The tiles that were stored for a problem on a GPU. None, after a warning, if they cannot be used."""
-    path = path_of(problem, gpu)
+def read(problem: Problem, implementation: str, gpu: str) -> tiles.Tiles | None:
+    """The tiles that were stored for an implementation on a GPU. None, after a warning, if they cannot be used."""
+    path = path_of(problem, implementation, gpu)
     try:
         content = json.loads(path.read_text())
-        if content["key"] != _key(problem, gpu):
+        if content["key"] != _key(problem, implementation, gpu):
             raise ValueError("it is of another problem")
         found = tiles.Tiles(**content["tiles"])
-        reason = tiles.why_not(problem, found)
+        if found.implementation != implementation:
+            raise ValueError(f"the tiles are for {found.implementation!r}")
+        reason = tiles.why_not_tiles(problem, found)
         if reason is not None:
             raise ValueError(f"the tiles do not fit: {reason}")
     except FileNotFoundError:
@@ -150,9 +158,9 @@ def read(problem: Problem, gpu: str) -> tiles.Tiles | None:
 
 def write(problem: Problem, gpu: str, best: tiles.Tiles, measured: list[dict]) -> Path:
     """Stores the best tiles of a problem on a GPU, and what was measured, which nothing reads. Returns the file."""
-    path = path_of(problem, gpu)
+    path = path_of(problem, best.implementation, gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"key": _key(problem, gpu), "tiles": dataclasses.asdict(best), "measured": measured}
+    content = {"key": _key(problem, best.implementation, gpu), "tiles": dataclasses.asdict(best), "measured": measured}
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
@@ -164,13 +172,15 @@ def write(problem: Problem, gpu: str, best: tiles.Tiles, measured: list[dict]) -
     return path
 
 
-def path_of(problem: Problem, gpu: str) -> Path:
-    """The file of a problem on a GPU, whether it is there or not."""
-    text = json.dumps(_key(problem, gpu), sort_keys=True)
+def path_of(problem: Problem, implementation: str, gpu: str) -> Path:
+    """The file of a problem for an implementation on a GPU, whether it is there or not."""
+    text = json.dumps(_key(problem, implementation, gpu), sort_keys=True)
     return directory() / "tiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
-def _key(problem: Problem, gpu: str) -> dict:
+def _key(problem: Problem, implementation: str, gpu: str) -> dict:
     """All that a choice depends on, as JSON has it."""
     fields = dataclasses.asdict(problem) | {"dtype": np.dtype(problem.dtype).name}
-    return json.loads(json.dumps({"gpu": gpu, "jax_natten": jax_natten.__version__, "problem": fields}))
+    version = jax_natten.__version__
+    key = {"gpu": gpu, "implementation": implementation, "jax_natten": version, "problem": fields}
+    return json.loads(json.dumps(key))

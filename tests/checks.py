@@ -104,7 +104,7 @@ def expected_fused(case: Case):
     return operands, cotangents, exact, plain, magnitudes
 
 
-def fused(case: Case, implementation):
+def fused(case: Case, implementation, tiles=None):
     """The public function as ``operands -> (out, lse)``."""
 
     def attention(operands):
@@ -118,6 +118,7 @@ def fused(case: Case, implementation):
             scale=case.scale,
             return_lse=True,
             implementation=implementation,
+            tiles=tiles,
         )
 
     return attention

@@ -198,11 +198,12 @@ def test_attributes_of_the_wrong_type_are_refused():
         assert_refused("jax_natten_pn", "fill_negative_infinity", attributes={"fill_negative_infinity": fill})
 
 
-def test_the_forward_may_be_asked_for_tiles_and_other_calls_may_not():
-    tiles = {"tiles": np.arange(1, 14, dtype=np.int64)}
+@pytest.mark.parametrize("name", ["tiles", "sm80_tiles"])
+def test_the_forward_may_be_asked_for_tiles_and_other_calls_may_not(name):
+    tiles = {name: np.arange(1, 14, dtype=np.int64)}
     without, asked = (call("jax_natten_fused_forward", attributes=a) for a in ({}, tiles))  # "cpu" does as it likes
     np.testing.assert_array_equal(asked[0], without[0])
-    assert_refused("jax_natten_fused_forward", "tiles", attributes={"tiles": np.array([1.5, 2.5])})
+    assert_refused("jax_natten_fused_forward", name, attributes={name: np.array([1.5, 2.5])})
     for target in CALLS:
         if target != "jax_natten_fused_forward":
             assert_refused(target, "attributes", attributes=tiles)

@@ -182,6 +182,7 @@ def test_named_kernels_are_passed_on_in_order_of_preference():
 
 HOPPER = Case(problem("hopper", 2, 4, 2, 64, [40, 36], [7, 9]), "bfloat16")
 TILES = Tiles("wide", (16, 8), (8, 8), (16, 8))
+SM80_TILES = Tiles("sm80_tiles", (16, 8), (8, 4), (8, 8), rows=128)
 
 needs_library = pytest.mark.skipif(native.model is None, reason="no library is built to ask for the limits of sm90")
 
@@ -251,14 +252,32 @@ def test_tiles_travel_with_the_forward_alone():
 
 
 @needs_library
-def test_hopper_kernels_take_a_symbolic_batch():
-    (batch,) = jax.export.symbolic_shape("b")
-    operands = {n: jax.ShapeDtypeStruct((batch, *s.shape[1:]), s.dtype) for n, s in _structs(HOPPER)[0].items()}
-    for asked in (None, TILES):
-        function = jax.jit(attention(("sm90", "naive"), asked))
+def test_each_implementation_is_told_its_own_tiles():
+    structs = _structs(HOPPER)[0]
+    for implementation in (None, "sm80", ("sm80", "naive")):
+        text = lowered(attention(implementation, SM80_TILES), structs, platforms=("cuda",))
+        numbers = "dense<[0, 128, 1, 16, 8, 1, 8, 4, 1, 8, 8]> : tensor<11xi64>"
+        assert f"sm80_tiles = {numbers}" in text and " tiles = " not in text
+    assert "sm80_tiles" not in lowered(attention(None, TILES), structs, platforms=("cuda",))
+    exact = dataclasses.replace(HOPPER, dtype="float32")  # sm90 takes none such
+    asked = Tiles("sm80_tiles", (8, 8), (4, 4), (8, 4))
+    text = lowered(attention(None, asked, exact), _structs(exact)[0], platforms=("cuda",))
+    assert 'implementation = "sm80,naive"' in text and "sm80_tiles = " in text
+
+
+@needs_library
+@pytest.mark.parametrize("shape", ["b, 40, 36", "b, x, y"])
+def test_tensor_core_kernels_take_a_symbolic_batch_and_grid(shape):
+    sizes = jax.export.symbolic_shape(shape, constraints=("x >= 7", "y >= 9") if "x" in shape else ())
+    operands = {n: jax.ShapeDtypeStruct((*sizes, *s.shape[3:]), s.dtype) for n, s in _structs(HOPPER)[0].items()}
+    small = Tiles("sm80_small", (8, 8), (4, 4))
+    for name, asked in (("sm90", None), ("sm90", TILES), ("sm80", None), ("sm80", SM80_TILES), ("sm80", small)):
+        if asked is small and "x" not in shape:
+            continue  # its lists are too short for windows of 7 x 9, which is known if the grid is
+        function = jax.jit(attention((name, "naive"), asked))
         checks = jax_natten.EXPORT_DISABLED_CHECKS
         text = jax.export.export(function, platforms=("cuda",), disabled_checks=checks)(operands).mlir_module()
-        assert 'implementation = "sm90,naive"' in text and ("tiles = " in text) == (asked is not None)
+        assert f'implementation = "{name},naive"' in text and ("tiles = " in text) == (asked is not None)
 
 
 @needs_library
@@ -271,8 +290,12 @@ def test_tiles_that_cannot_be_honoured_are_errors_at_trace_time():
     with pytest.raises(TypeError, match="tiles must be None or"):
         jax.eval_shape(attention("sm90", (16, 8)), operands)
     for implementation in ("naive", ("cpu", "xla")):
-        with pytest.raises(NotImplementedError, match="tiles are for implementations sm90"):
+        with pytest.raises(NotImplementedError, match="tiles of structure wide are for implementation 'sm90'"):
             jax.eval_shape(attention(implementation, TILES), operands)
+    with pytest.raises(ValueError, match="do not fit this case: query tiles must have a part for each warp"):
+        jax.eval_shape(attention(None, Tiles("sm80_tiles", (16, 8), (16, 8), (8, 8))), operands)
+    with pytest.raises(NotImplementedError, match="tiles of structure sm80_tiles are for implementation 'sm80'"):
+        jax.eval_shape(attention(("sm90", "naive"), SM80_TILES), operands)
 
 
 def test_second_derivatives_need_no_unknown_call():

@@ -29,6 +29,9 @@ def test_choices_fit_and_stay_within_their_tables(tmp_path):
     # Traps need no library of a sanitizer.
     traps = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
     binary = tmp_path / "choose"
-    chooser = compile_cpp(binary, "tests/cpp/test_choose.cc", "cuda/common/tile_model.cc", *sources, more_flags=traps)
+    sources += [f"cuda/common/tile_{name}.cc" for name in ("model", "search")]
+    names = ("forward_rank", "forward_plan", "plan", "small_plan", "small_setup", "limits", "unfused_plan")
+    sources += [f"cuda/sm80/{name}.cc" for name in names]
+    chooser = compile_cpp(binary, "tests/cpp/test_choose.cc", *sources, more_flags=traps)
     result = subprocess.run([chooser], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

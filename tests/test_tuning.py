@@ -28,6 +28,10 @@ GPU = types.SimpleNamespace(
     platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0", core_count=132
 )
 NAME = "NVIDIA H100 80GB HBM3, compute capability 9.0"
+AMPERE = types.SimpleNamespace(
+    platform="gpu", device_kind="NVIDIA A100-SXM4-80GB", compute_capability="8.0", core_count=108
+)
+AMPERE_NAME = "NVIDIA A100-SXM4-80GB, compute capability 8.0"
 SHAPE = problem("tuned", 2, 4, 2, 64, [40, 36], [7, 9])
 
 
@@ -104,14 +108,18 @@ def test_everything_that_a_choice_depends_on_tells_files_apart(monkeypatch):
         "grid": (40, 37),
     }  # fmt: skip
     assert changed.keys() == {field.name for field in dataclasses.fields(base)}
-    paths = {tuned_tiles.path_of(dataclasses.replace(base, **{n: x}), NAME) for n, x in changed.items()}
+    paths = {tuned_tiles.path_of(dataclasses.replace(base, **{n: x}), "sm90", NAME) for n, x in changed.items()}
     for name in ("stride", "dilation", "is_causal"):
         window = Neighborhood.make(**SHAPE.window | {name: (1, 2) if name != "is_causal" else (False, True)})
-        paths.add(tuned_tiles.path_of(dataclasses.replace(base, neighborhood=window), NAME))
-    paths |= {tuned_tiles.path_of(base, NAME), tuned_tiles.path_of(base, NAME.replace("H100", "H200"))}
+        paths.add(tuned_tiles.path_of(dataclasses.replace(base, neighborhood=window), "sm90", NAME))
+    paths |= {tuned_tiles.path_of(base, "sm90", NAME), tuned_tiles.path_of(base, "sm90", NAME.replace("H100", "H200"))}
+    paths.add(tuned_tiles.path_of(base, "sm80", NAME))
     monkeypatch.setattr(jax_natten, "__version__", "next")
-    paths.add(tuned_tiles.path_of(base, NAME))
-    assert len(paths) == len(changed) + 6
+    paths.add(tuned_tiles.path_of(base, "sm90", NAME))
+    assert len(paths) == len(changed) + 7
+
+
+SM80_TILES = dataclasses.asdict(tiles.Tiles("sm80_tiles", (8, 8), (4, 4), (8, 8)))
 
 
 def spoiled(content: dict) -> dict[str, bytes]:
@@ -126,6 +134,7 @@ def spoiled(content: dict) -> dict[str, bytes]:
         "another key": json.dumps(content | {"key": other}).encode(),
         "tiles that do not fit": json.dumps(content | {"tiles": odd}).encode(),
         "tiles of later versions": json.dumps(content | {"tiles": content["tiles"] | {"more": 1}}).encode(),
+        "tiles of another implementation": json.dumps(content | {"tiles": SM80_TILES}).encode(),
         "no tiles": json.dumps({"key": content["key"]}).encode(),
     }
 
@@ -136,17 +145,17 @@ def test_a_file_that_cannot_be_used_is_as_good_as_not_there(timer):
     for name, text in spoiled(json.loads(found.path.read_text())).items():
         found.path.write_bytes(text)
         with pytest.warns(UserWarning, match="are ignored"):
-            assert tuned_tiles.read(described(), NAME) is None, name
+            assert tuned_tiles.read(described(), "sm90", NAME) is None, name
         with pytest.warns(UserWarning, match=str(found.path)):
             assert tune().tiles == found.tiles, name
-        assert tuned_tiles.read(described(), NAME) == found.tiles
+        assert tuned_tiles.read(described(), "sm90", NAME) == found.tiles
 
 
 def test_a_directory_that_cannot_be_read_holds_nothing(cache):
     cache.mkdir()
     (cache / "tiles").write_text("a file")
     with pytest.warns(UserWarning, match="are ignored"):
-        assert tuned_tiles.read(described(), NAME) is None
+        assert tuned_tiles.read(described(), "sm90", NAME) is None
 
 
 def test_readers_see_whole_files_while_others_write():
@@ -156,7 +165,7 @@ def test_readers_see_whole_files_while_others_write():
 
     def write_and_read(n: int) -> bool:
         tuned_tiles.write(case, NAME, choices[n % len(choices)], [{"padding": "x" * 1000 * n}])
-        return tuned_tiles.read(case, NAME) in choices
+        return tuned_tiles.read(case, "sm90", NAME) in choices
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(write_and_read, range(200)))
@@ -258,7 +267,12 @@ def test_arguments_are_checked(timer, monkeypatch):
     with pytest.raises(TypeError, match=r"count must be an integer; got 2\.5"):
         tune(count=2.5)
     with pytest.raises(NotImplementedError, match="'sm90' takes float16 and bfloat16 only"):
-        tune(*arrays(dtype="float32"))
+        tune(*arrays(dtype="float32"), implementation="sm90")
+    with pytest.raises(NotImplementedError, match=r"'sm90' takes .* only; 'sm80' takes .* only"), jax.enable_x64(True):
+        tune(*arrays(dtype="float64"))
+    for name in ("naive", ["sm90"], "sm100"):
+        with pytest.raises(ValueError, match="implementation must be among sm90, sm80; got"):
+            tune(implementation=name)
     with pytest.raises(ValueError, match="kernel_size"):
         tuning.tune(*arrays(), kernel_size=(41, 9))
     with pytest.raises(ValueError, match="nothing to compute"):
@@ -272,9 +286,12 @@ def test_arguments_are_checked(timer, monkeypatch):
     for call in (tune, tuning.enable):
         with pytest.raises(RuntimeError, match="jax has none here"):
             call()
-    ampere = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
-    monkeypatch.setattr(tuned_tiles, "local_gpus", lambda: [ampere])
-    with pytest.raises(RuntimeError, match=r"runs on compute capability 9\.0; got NVIDIA A100"):
+    monkeypatch.setattr(tuned_tiles, "local_gpus", lambda: [AMPERE])
+    with pytest.raises(RuntimeError, match=r"tiles are those of 'sm90', which cannot run on NVIDIA A100"):
+        tune(implementation="sm90")
+    turing = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA T4", compute_capability="7.5")
+    monkeypatch.setattr(tuned_tiles, "local_gpus", lambda: [turing])
+    with pytest.raises(RuntimeError, match=r"tiles are those of 'sm90' and 'sm80', which cannot run on NVIDIA T4"):
         tune()
     assert not timer.calls
 
@@ -284,9 +301,79 @@ def test_the_command_measures_and_then_finds(timer, capsys):
     command = ["tune", "2d", "40x36", "-k", "7x9", "--batch", "2", "--heads", "4", "--kv-heads", "2", "--dim", "64"]
     assert command_line.main([*command, "--count", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "100.0% faster than the model's choice" in printed and "tuning.enable()" in printed
+    assert "100.0% faster than the default choice" in printed and "tuning.enable()" in printed
     assert command_line.main(command) == 0
     assert "--again measures anew" in capsys.readouterr().out
     assert tune().measured == () and len(timer.calls) == 1
     assert command_line.main([*command, "--count", "0"]) == 2
     assert "count must be at least 1" in capsys.readouterr().err
+
+
+# ---- "sm80"
+
+
+def test_what_a_call_would_run_is_tuned(timer, monkeypatch):
+    assert tune().tiles.implementation == "sm90"
+    exact = arrays(dtype="float32")
+    assert tune(*exact).tiles.implementation == "sm80"
+    assert tune(implementation="sm80").tiles.implementation == "sm80"
+    monkeypatch.setattr(tuned_tiles, "local_gpus", lambda: [AMPERE])
+    assert tune().tiles.implementation == "sm80"
+
+
+def test_tiles_of_sm80_are_timed_for_lack_of_a_model_in_chains_as_long_as_a_short_one_tells(timer, cache):
+    timer.seconds = {0: 2e-4, 4: 1e-4}
+    found = tune(implementation="sm80", count=8)
+    ranked = [each.tiles for each in tiles.simulate_sm80(described(), count=8)]
+    assert [(candidates, calls) for _, candidates, calls, _ in timer.calls] == [
+        (ranked[:1], tuning.FEWEST_CALLS),
+        (ranked, 20),
+    ]
+    assert [each.tiles for each in found.measured] == ranked and found.tiles == ranked[4]
+    assert all(each.expected is None for each in found.measured)
+    key = json.loads(found.path.read_text())["key"]
+    assert (key["gpu"], key["implementation"]) == (NAME, "sm80")
+    assert tune(implementation="sm80").measured == () and tune(count=2).measured != ()
+
+
+def test_programs_hold_the_tuned_tiles_of_each_implementation(timer):
+    timer.seconds = {3: 0.5}
+    hopper, other = (tune(implementation=name).tiles for name in ("sm90", "sm80"))
+    tuning.enable()
+    text = lowered(arrays())
+    assert 'implementation = "sm90,sm80,naive"' in text
+    assert f"sm80_tiles = dense<{other.fields()}> : tensor<11xi64>" in text and f" {attribute(hopper)}" in text
+    alone = lowered(arrays(), implementation="sm80")
+    assert f"sm80_tiles = dense<{other.fields()}>" in alone and " tiles = " not in alone
+    asked = tiles.Tiles("sm80_tiles", (8, 8), (4, 4), (8, 8))  # has precedence, and leaves those of sm90 alone
+    text = lowered(arrays(), asked=asked)
+    assert f"sm80_tiles = dense<{asked.fields()}>" in text and attribute(hopper) in text
+    tuning.enable(AMPERE_NAME)
+    assert "tiles = " not in lowered(arrays())
+
+
+def test_the_command_tunes_sm80_too(timer, capsys):
+    timer.seconds = {0: 1.0, 3: 0.5}
+    command = ["tune", "2d", "40x36", "-k", "7x9", "--batch", "2", "--heads", "4", "--kv-heads", "2", "--dim", "64"]
+    assert command_line.main([*command, "--count", "5", "--implementation", "sm80"]) == 0
+    printed = capsys.readouterr().out
+    assert "100.0% faster than the default choice" in printed and "no model" in printed and "; sm80" in printed
+    assert tune(implementation="sm80").measured == ()
+    with pytest.raises(SystemExit):
+        command_line.main([*command, "--implementation", "naive"])
+    assert "invalid choice: 'naive'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dims", [(24, 24), (24, 40), (40, 24)])
+def test_chains_of_calls_run_with_values_of_any_head_dim(dims, monkeypatch):
+    """On the CPU, where no implementation obeys tiles."""
+    monkeypatch.setattr(tuning, "neighborhood_attention", without_tiles)
+    window = Neighborhood.make((3,))
+    problem = tuning.Problem("fused_forward", window, jnp.dtype("float16"), 2, 1, *dims, 2, False, 1, (9,))
+    candidates = [each.tiles for each in tiles.simulate_sm80(problem, count=2)]
+    assert all(0 < each < 60 for each in tuning._measure(problem, candidates, 2, jax.devices("cpu")[0]))
+
+
+def without_tiles(*operands, implementation, tiles, **more):
+    assert implementation == tiles.implementation == "sm80"
+    return jax_natten.neighborhood_attention(*operands, **more, implementation="xla")

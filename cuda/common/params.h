@@ -38,13 +38,19 @@ struct FusedShape {
   JAX_NATTEN_HD bool has_bias() const { return bias_batch > 0; }
 };
 
+// Tiles that the caller asks an implementation for, if there are any: numbers whose meaning is that implementation's
+// (sm90/plan.h, sm80/plan.h). They live as long as the call.
+struct AskedTiles {
+  const int64_t* fields = nullptr;
+  size_t count = 0;
+
+  bool any() const { return count > 0; }
+};
+
 struct FusedForwardParams : FusedShape {
   const void *query, *key, *value, *additional_keys, *additional_values, *bias;
   void *out, *lse;
-  // Tiles that the caller asks for, if there are any: numbers whose meaning is the implementation's (sm90/plan.h). They
-  // live as long as the call.
-  const int64_t* tiles = nullptr;
-  size_t tile_fields = 0;
+  AskedTiles sm90_tiles, sm80_tiles;
 };
 
 struct FusedBackwardParams : FusedShape {

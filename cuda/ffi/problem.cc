@@ -110,10 +110,11 @@ class Decoder {
     return Precision::kHighest;
   }
 
-  // Attributes that older programs lack.
-  ffi::Span<const int64_t> optional_integers(const char* name) {
+  // An attribute that few programs have.
+  AskedTiles tiles(const char* name) {
     if (failed() || !frame_.attributes.contains(name)) return {};
-    return integers_attribute(name);
+    const auto fields = integers_attribute(name);
+    return {fields.begin(), fields.size()};
   }
 
   const void* operand(const char* name, Element element, std::initializer_list<Dim> dims) {
@@ -370,9 +371,8 @@ void check_workspace(Decoder& decoder, int64_t got, int64_t expected) {
 ffi::Error decode(const CallFrame& frame, FusedForwardParams& params, std::string_view& implementation) {
   Decoder decoder(kFusedForwardTarget, frame);
   fused_inputs(decoder, params, implementation);
-  const auto tiles = decoder.optional_integers("tiles");
-  params.tiles = tiles.begin();
-  params.tile_fields = tiles.size();
+  params.sm90_tiles = decoder.tiles("tiles");
+  params.sm80_tiles = decoder.tiles("sm80_tiles");
   params.out = decoder.result("out", Element::kInput, {kBatch, kGrid, kHeads, kValueDim});
   params.lse = decoder.result("lse", Element::kAccumulation, {kBatch, kGrid, kHeads});
   return decoder.finish();

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "../sm80/forward_plan.h"
+#include "../sm80/forward_rank.h"
 #include "../sm80/limits.h"
 #include "../sm90/backward_choose.h"
 #include "../sm90/choose.h"
@@ -90,6 +92,13 @@ Reason sm80_why_not(const FusedShape& shape, std::string operation) {
                                                               : sm80::Operation::kIn));
 }
 
+Reason sm80_why_not_tiles(const FusedShape& shape, Ints tiles) {
+  if (const char* reason = sm80::why_not_fused(shape)) return reason;
+  sm80::Plan plan;
+  if (const char* reason = sm80::decode_plan({tiles.data(), tiles.size()}, plan)) return reason;
+  return reason_of(sm80::why_not_forward_plan(shape, plan));
+}
+
 // `operation`: likewise, one of the fused ones.
 Reason sm90_why_not(const FusedShape& shape, std::string operation) {
   return reason_of(operation == "fused_backward" ? sm90::why_not_backward(shape) : sm90::why_not(shape));
@@ -97,30 +106,39 @@ Reason sm90_why_not(const FusedShape& shape, std::string operation) {
 
 Reason sm90_why_not_tiles(const FusedShape& shape, Ints tiles) {
   sm90::Plan plan;
-  if (const char* reason = sm90::decode_plan(tiles.data(), tiles.size(), plan)) return reason;
+  if (const char* reason = sm90::decode_plan({tiles.data(), tiles.size()}, plan)) return reason;
   return reason_of(sm90::why_not(shape, plan));
 }
 
-py::dict described(const sm90::Prediction& p) {
+py::dict described(const TileCounts& tiles, double pairs, double computed_pairs) {
   py::dict result;
-  result["seconds"] = p.seconds;
+  result["query_tiles"] = tiles.query_tiles;
+  result["visited"] = tiles.visited;
+  result["computed"] = tiles.computed;
+  result["masked"] = tiles.masked;
+  result["pairs"] = pairs;
+  result["computed_pairs"] = computed_pairs;
+  return result;
+}
+
+py::dict described(const sm90::Prediction& p) {
+  py::dict result = described(p.tiles, p.pairs, p.computed_pairs);
+  result["cost"] = p.seconds;
   result["compute"] = p.compute;
   result["shared_memory"] = p.shared_memory;
   result["memory"] = p.memory;
-  result["query_tiles"] = p.tiles.query_tiles;
-  result["visited"] = p.tiles.visited;
-  result["computed"] = p.tiles.computed;
-  result["masked"] = p.tiles.masked;
-  result["pairs"] = p.pairs;
-  result["computed_pairs"] = p.computed_pairs;
   return result;
+}
+
+void check_not_empty(const FusedShape& shape) {
+  if (sm90::is_empty(shape)) throw std::invalid_argument("nothing to compute");
 }
 
 py::dict sm90_predict(const FusedShape& shape, Ints tiles, int processors) {
   sm90::Plan plan;
-  if (const char* reason = sm90::decode_plan(tiles.data(), tiles.size(), plan)) throw std::invalid_argument(reason);
+  if (const char* reason = sm90::decode_plan({tiles.data(), tiles.size()}, plan)) throw std::invalid_argument(reason);
   if (const char* reason = sm90::why_not(shape, plan)) throw std::invalid_argument(reason);
-  if (sm90::is_empty(shape)) throw std::invalid_argument("nothing to compute");
+  check_not_empty(shape);
   return described(sm90::predict(shape, plan, processors));
 }
 
@@ -128,6 +146,26 @@ std::vector<Ints> sm90_rank(const FusedShape& shape, int processors, int count) 
   std::vector<Ints> ranked;
   for (const sm90::Candidate& candidate : sm90::rank_plans(shape, processors, count)) {
     const auto fields = sm90::encode_plan(candidate.plan);
+    ranked.emplace_back(fields.begin(), fields.end());
+  }
+  return ranked;
+}
+
+py::dict sm80_count(const FusedShape& shape, Ints tiles) {
+  if (const Reason reason = sm80_why_not_tiles(shape, tiles)) throw std::invalid_argument(*reason);
+  check_not_empty(shape);
+  sm80::Plan plan;
+  sm80::decode_plan({tiles.data(), tiles.size()}, plan);
+  const sm80::PlanWork work = sm80::count_work(shape, plan);
+  py::dict result = described(work.tiles, work.pairs, work.computed_pairs);
+  result["cost"] = work.cost;
+  return result;
+}
+
+std::vector<Ints> sm80_rank(const FusedShape& shape, int count) {
+  std::vector<Ints> ranked;
+  for (const sm80::Plan& plan : sm80::rank_forward_plans(shape, count)) {
+    const auto fields = sm80::encode_plan(plan);
     ranked.emplace_back(fields.begin(), fields.end());
   }
   return ranked;
@@ -154,7 +192,12 @@ std::vector<std::pair<Ints, py::dict>> sm90_rank_pass(const FusedShape& shape, s
 
 void add_tile_functions(py::module_& m) {
   m.attr("sm90_processors") = sm90::kProcessors;
+  m.def("sm80_runs_on", sm80::runs_on, "Whether the kernels run on a compute capability, 90 for 9.0.");
+  m.def("sm90_runs_on", sm90::runs_on, "Whether the kernels run on a compute capability, 90 for 9.0.");
   m.def("sm80_why_not", with_shape(sm80_why_not), "Why no sm_80 kernel takes a case of an operation, or None.");
+  m.def("sm80_why_not_tiles", with_shape(sm80_why_not_tiles), "Why tiles do not fit a case, or None.");
+  m.def("sm80_count", with_shape(sm80_count), "The work that tiles make.");
+  m.def("sm80_rank", with_shape(sm80_rank), "Tiles worth trying, the default ones first.");
   m.def("sm90_why_not", with_shape(sm90_why_not), "Why no Hopper kernel takes a case, or None.");
   m.def("sm90_why_not_tiles", with_shape(sm90_why_not_tiles), "Why tiles do not fit a case, or None.");
   m.def("sm90_predict", with_shape(sm90_predict), "What the cost model expects of tiles.");

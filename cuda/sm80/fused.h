@@ -6,19 +6,14 @@
 
 #include "../common/params.h"
 #include "backward_params.h"
+#include "forward_plan.h"
 #include "fused_params.h"
 #include "limits.h"
 #include "plan.h"
 
 namespace jax_natten::sm80 {
 
-// Why a plan does not fit a problem that a kernel takes; nullptr if it does.
-const char* why_not_forward_plan(const FusedShape& shape, const Plan& plan);
-
-// The plan that fused_forward() follows by default.
-Plan plan_forward(const FusedShape& shape);
-
-// Both, for a call that may ask for tiles.
+// Why the kernels do not take a call, or not with the tiles that it asks for; nullptr if they do.
 const char* why_not_forward(const FusedForwardParams& problem);
 
 // Enqueue a problem's computation. They neither allocate nor synchronise. cudaErrorInvalidValue if there is a reason

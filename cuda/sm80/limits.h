@@ -6,6 +6,8 @@
 
 namespace jax_natten::sm80 {
 
+inline bool runs_on(int compute_capability) { return compute_capability >= 80; }
+
 // Why no kernel takes a problem, in words that follow the name of the implementation; nullptr if one does.
 const char* why_not_fused(const FusedShape& shape);
 const char* why_not_fused_backward(const FusedShape& shape);

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../common/remembered.h"
-#include "../common/tiling.h"
 #include "factorisations.h"
 
 namespace jax_natten::sm80 {
@@ -79,12 +78,17 @@ Plan search_tiles(const Neighborhood& neighborhood, const TileLimits& limits) {
 
 }  // namespace
 
-const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
-  if (count != kPlanFields) return "wants 11 numbers for tiles";
-  if (fields[0] != int64_t(Structure::kTiles) && fields[0] != int64_t(Structure::kSmall))
-    return "has no such structure";
-  for (size_t i = 1; i < count; ++i) {
-    if (fields[i] < 1 || fields[i] > 128) return "has tiles of 1 to 128 positions along an axis";
+std::array<int64_t, kPlanFields> encode_plan(const Plan& plan) {
+  const int *q = plan.query_tile, *p = plan.query_part, *k = plan.key_tile;
+  return {int(plan.structure), plan.rows, q[0], q[1], q[2], p[0], p[1], p[2], k[0], k[1], k[2]};
+}
+
+const char* decode_plan(const AskedTiles& tiles, Plan& plan) {
+  const int64_t* const fields = tiles.fields;
+  if (tiles.count != kPlanFields) return "tiles must have 11 numbers";
+  if (fields[0] < 0 || fields[0] > int(Structure::kSmall)) return "tiles have no such structure";
+  for (size_t n = 1; n < tiles.count; ++n) {
+    if (fields[n] < 1 || fields[n] > 128) return "tiles must hold numbers from 1 to 128";
   }
   plan.structure = Structure(fields[0]);
   plan.rows = int(fields[1]);
@@ -107,12 +111,12 @@ const char* why_not_tiles(const FusedShape& shape, const Plan& plan, const TileL
     if (a < kMaxRank - shape.neighborhood.rank && plan.query_tile[a] * plan.key_tile[a] != 1) {
       return "axes that the problem does not have must have tiles of 1";
     }
-    tiles *= int64_t(TiledAxis(axis, plan.query_tile[a], 1, 1).query_tiles) * axis.dilation;
+    tiles *= (group_length(axis, 0) + plan.query_tile[a] - 1) / plan.query_tile[a] * int64_t(axis.dilation);
   }
   if (product(plan.query_tile) != limits.warps * product(plan.query_part)) {
     return "query tiles must have a part for each warp";
   }
-  if (product(plan.query_part) > limits.queries) return "parts have too many queries";
+  if (product(plan.query_part) > limits.queries) return "parts have too many queries for these rows";
   if (product(plan.key_tile) > limits.keys) return "key tiles have too many keys";
   if (tiles > INT32_MAX) return "has too many tiles";
   return nullptr;

@@ -1,7 +1,7 @@
 // How a fused problem is cut into tiles.
 #pragma once
 
-#include <cstddef>
+#include <array>
 #include <cstdint>
 
 #include "../common/params.h"
@@ -17,14 +17,15 @@ struct Plan {
   int rows = 64;                         // of the compiled tile that stays
   int query_tile[kMaxRank] = {1, 1, 1};  // queries of a CTA
   int query_part[kMaxRank] = {1, 1, 1};  // of those, queries of a warp
-  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together; kSmall: does not matter
+  int key_tile[kMaxRank] = {1, 1, 1};    // keys that are loaded together; kSmall: all are, and these are 1
 };
 
 // A plan as custom calls carry it: structure, rows, query_tile, query_part, key_tile. A wire format.
 constexpr int kPlanFields = 11;
+std::array<int64_t, kPlanFields> encode_plan(const Plan& plan);
 
-// Why `fields` are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is another question.
-const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
+// Why tiles are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is another question.
+const char* decode_plan(const AskedTiles& tiles, Plan& plan);
 
 // What a kernel's tiles can hold.
 struct TileLimits {

@@ -4,10 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "limits.h"
 
 namespace jax_natten::sm80 {
-
-inline bool runs_on(int compute_capability) { return compute_capability >= 80; }
 
 // Why the kernels do not take a call, in words that follow the name of the implementation; nullptr if they do.
 const char* why_not_forward_call(const FusedForwardParams& params);

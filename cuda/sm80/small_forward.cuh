@@ -35,6 +35,7 @@ struct SmallTraits {
     int list_row[kKeys];                       // in the box, relative to the list's first key
     alignas(128) uint8_t query[Rows::kBytes];  // later the outputs; behind it lie the boxes
   };
+  static_assert(kKeys < kSmallLists[1] || sizeof(Shared) == small_forward_bytes(kDim), "the host knows its size");
 };
 
 template <class Traits>

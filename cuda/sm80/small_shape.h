@@ -18,6 +18,9 @@ constexpr int small_list(int keys) {
   return 0;
 }
 
+// Shared memory of a CTA of the forward for the longest list, without its boxes: queries and tables.
+constexpr int small_forward_bytes(int dim) { return 2 * kSmallRows * dim + 4352; }
+
 // Shared memory of a CTA of the backward: two fit on every device (of 100 KB, 1 KB goes with each CTA), three or four
 // on those for servers.
 constexpr int kSmallBackwardBytes = 49 * 1024;

@@ -12,13 +12,6 @@
 namespace jax_natten::sm90 {
 namespace {
 
-// All sizes up to `most`, and to the first that holds the longest dilation group.
-std::vector<int> all_sizes_along(const Axis& axis, int most) {
-  std::vector<int> sizes(std::min(most, group_length(axis, 0)));
-  std::iota(sizes.begin(), sizes.end(), 1);
-  return sizes;
-}
-
 // Enumerates plans. One member function per structure.
 class Search {
  public:

@@ -38,10 +38,11 @@ std::array<int64_t, kPlanFields> encode_plan(const Plan& plan) {
           plan.heads,          plan.slots, plan.stages};
 }
 
-const char* decode_plan(const int64_t* fields, size_t count, Plan& plan) {
-  if (count != kPlanFields) return "tiles must have 13 numbers";
+const char* decode_plan(const AskedTiles& tiles, Plan& plan) {
+  const int64_t* const fields = tiles.fields;
+  if (tiles.count != kPlanFields) return "tiles must have 13 numbers";
   if (fields[0] < 0 || fields[0] > int(Structure::kMiddle)) return "tiles have no such structure";
-  for (size_t n = 1; n < count; ++n) {
+  for (size_t n = 1; n < tiles.count; ++n) {
     if (fields[n] < 1 || fields[n] > 4096) return "tiles must hold numbers from 1 to 4096";
   }
   plan.structure = Structure(fields[0]);

@@ -3,13 +3,15 @@
 #pragma once
 
 #include <array>
-#include <cstddef>
 #include <cstdint>
 
 #include "../common/params.h"
 #include "../common/tiling.h"
 
 namespace jax_natten::sm90 {
+
+// Compiled for 90a, the kernels run on compute capability 9.0 and on nothing newer.
+inline bool runs_on(int compute_capability) { return compute_capability == 90; }
 
 // The fewest axes that kernels for a compiled head dimension know. A problem with fewer has axes of length 1 in front:
 // for the head dimensions that models seldom have, not worth the compilation.
@@ -37,8 +39,8 @@ struct Plan : Tiles {
 constexpr int kPlanFields = 13;
 std::array<int64_t, kPlanFields> encode_plan(const Plan& plan);
 
-// Why `fields` are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is for why_not().
-const char* decode_plan(const int64_t* fields, size_t count, Plan& plan);
+// Why tiles are no plan, in words; nullptr and the plan if they are. Whether it fits a problem is for why_not().
+const char* decode_plan(const AskedTiles& tiles, Plan& plan);
 
 constexpr int kMostPositions = 256;  // of a tile, along an axis
 

@@ -16,12 +16,6 @@ std::vector<int> sizes_along(const Axis& axis, int most, int odd) {
   return sizes;
 }
 
-int smallest_of(const std::vector<int> (&sizes)[kMaxRank], int most) {
-  int64_t largest = 1;
-  for (const std::vector<int>& along : sizes) largest *= along.back();
-  return int(std::min<int64_t>(largest, most * 3 / 4));
-}
-
 void keep_best(std::vector<QueryShape>& shapes, size_t count) {
   const auto less = [](const QueryShape& a, const QueryShape& b) { return a.work < b.work; };
   if (shapes.size() > count) {

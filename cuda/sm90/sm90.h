@@ -4,11 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/params.h"
+#include "plan.h"
 
 namespace jax_natten::sm90 {
-
-// Compiled for 90a, the code runs on compute capability 9.0 and on nothing newer.
-inline bool runs_on(int compute_capability) { return compute_capability == 90; }
 
 // Why the kernels do not take a call, in words that follow the name of the implementation; nullptr if they do.
 const char* why_not_forward(const FusedForwardParams& params);

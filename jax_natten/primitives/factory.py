@@ -227,7 +227,7 @@ def _inner(operation: Operation) -> Primitive:
             return lower_xla(ctx, *operands, implementation=implementation, **params)
         names = tuple(name for name in names if name != "xla")
         attributes = call.attributes | {"implementation": ",".join(names)}
-        attributes |= dispatch.tile_attribute(call.problem, names, tiles)
+        attributes |= dispatch.tile_attributes(call.problem, names, tiles)
         if call.workspace is None:
             return jax.ffi.ffi_lowering(call.target)(ctx, *operands, **attributes)
         scratch = jax.core.ShapedArray((call.workspace,), accumulation_dtype(call.problem.dtype))

@@ -74,7 +74,9 @@ Plan random_plan(std::mt19937& random, const FusedShape& shape, const char* (*wh
     const int warps = random() % 8 ? 4 : random() % 4 ? 2 : 1;
     plan.rows = warps < 4 ? 16 * warps : random() % 2 ? 64 : 128;
     random_tile(random, rank, plan.rows / warps, plan.query_part);
-    random_tile(random, rank, random() % 2 ? 64 : random() % 2 ? 32 : 16, plan.key_tile);
+    if (plan.structure == Structure::kTiles) {
+      random_tile(random, rank, random() % 2 ? 64 : random() % 2 ? 32 : 16, plan.key_tile);
+    }
     std::copy(plan.query_part, plan.query_part + kMaxRank, plan.query_tile);
     for (int left = warps; left > 1; left /= 2) plan.query_tile[kMaxRank - 1 - int(random()) % rank] *= 2;
     if (why_not(shape, plan) == nullptr) return plan;
