@@ -4,7 +4,7 @@
 
 A layer is the projection to query, key and value, neighborhood attention, and the projection of its output, with a
 residual connection. A step is ``jax.value_and_grad`` of all parameters and the input, in bfloat16, inside ``jax.jit``.
-"loss error" compares the loss with that of the last implementation. "attention" is the time of the step less that of
+"/ first" compares with the first implementation. "attention" is the time of the step less that of
 the same step with query + key + value in the place of the attention.
 """
 
@@ -61,29 +61,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images, where the model does not say")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
-    rows = []
-    for name in arguments.only:
-        model = MODELS[name]
-        if model.batch is None:
-            model = dataclasses.replace(model, batch=arguments.batch)
-        rows += compare(name, model, arguments.implementations)
+    rows: list[dict] = []
+    try:
+        for name in arguments.only:
+            model = MODELS[name]
+            if model.batch is None:
+                model = dataclasses.replace(model, batch=arguments.batch)
+            compare(name, model, arguments.implementations, rows)
+    except KeyboardInterrupt:
+        print("interrupted: what has been measured follows")
     device = jax.devices()[0].device_kind.lower().replace(" ", "_")
     report.publish(rows, arguments.csv or report.ROOT / "results" / f"{device}_step.csv")
 
 
-def compare(name: str, model: Model, implementations) -> list[dict]:
+def compare(name: str, model: Model, implementations, rows: list[dict]) -> None:
+    """Appends a row for each implementation."""
     operands = draw(model)
     baseline, _ = time_step(model, None, operands)
-    rows = []
+    first = len(rows)
     for implementation in implementations:
         seconds, loss = time_step(model, implementation, operands)
         rows.append({"model": name, "implementation": implementation, "step ms": 1e3 * seconds})
         rows[-1] |= {"attention ms": 1e3 * (seconds - baseline), "loss": loss}
+        rows[-1] |= {"step / first": seconds / rows[first]["step ms"] * 1e3}
+        rows[-1] |= {"loss / first": loss / rows[first]["loss"]}
         print(rows[-1], flush=True)
-    for row in rows:
-        row["step / first"] = row["step ms"] / rows[0]["step ms"]
-        row["loss error"] = abs(row["loss"] / rows[-1]["loss"] - 1)
-    return rows
 
 
 def draw(model: Model) -> tuple:
