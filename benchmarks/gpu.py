@@ -8,8 +8,8 @@ overlap with the work of the call before, as in a model, and what a jitted funct
 those of the first implementation that has a kernel, named in the table. Useful operations are those of the pairs inside
 windows, bandwidth counts every tensor once, and both are given as fractions of the device's peak (tensor cores, dense,
 for 16-bit types). "of cuDNN" is the useful rate over that of cuDNN's dense attention, forward or backward, on
-`dense16k_d128`, timed in turns with it, since clocks differ between machines and fall under load. "stock / sm90" is the
-time of the fastest of JAX's own ways over that of "sm90", and so on. --peers names a CSV
+`dense16k_d128`, timed in turns with it, since clocks differ between machines and fall under load. JAX's own ways are
+timed afterwards; "stock / sm90" is the time of the fastest of them over that of "sm90", and so on. --peers names a CSV
 file with the columns problem, peer, and forward_kernel_ms, forward_call_ms, backward_kernel_ms, backward_call_ms; each
 peer gets a column with its time. Results are checked in the same run: outputs against float64 on random rows, fused
 gradients of one head against those of the direct kernels in float32; outputs of JAX's own ways like ours.
@@ -94,7 +94,6 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
     alternatives = stock.alternatives(problem, dtype.itemsize)
-    attentions |= alternatives
     for direction, chain in (("forward", forward_chain), ("backward", backward_chain)):
         forward = direction == "forward"
         if arguments.forward_only and not forward:
@@ -103,6 +102,8 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
         times = time_chains(chains, arrays, repeats, {"yardstick": yardstick.chains[direction]} if yardstick else {})
         cudnn = times.pop("yardstick", None)
         first = first_timed(implementations, times)
+        # On their own, because they keep a GPU so busy that its clocks fall.
+        times |= time_chains({name: chain(f) for name, f in alternatives.items()}, arrays, repeats)
         timed = isinstance(times[first], float)
         error = check_fused(problem, arrays, attentions[first], gradients=not forward) if timed else math.nan
         line = row(problem, direction, times, first, *report.cost(problem, dtype, direction), error, dtype)

@@ -42,7 +42,7 @@ struct MiddleCost {
 
 constexpr MiddleCost middle_cost(int dim) {
   return dim == 32   ? MiddleCost{0.11 * kMicrosecond, 4.6e-3 * kMicrosecond}
-         : dim == 64 ? MiddleCost{0.19 * kMicrosecond, 4.7e-3 * kMicrosecond}
+         : dim == 64 ? MiddleCost{0.16 * kMicrosecond, 4.8e-3 * kMicrosecond}
          : dim == 96 ? MiddleCost{0.10 * kMicrosecond, 7.6e-3 * kMicrosecond}  // not measured
                      : MiddleCost{0, 10.6e-3 * kMicrosecond};
 }
