@@ -47,8 +47,9 @@ constexpr PassCost small_pass_cost(Walk pass, int dim) {
 // exponentials.
 constexpr double alone(Walk pass) { return pass == kQueryPass ? 0.4 : 1.0; }
 
-// In the key pass, of a run of columns along the innermost axis, whose start values are gathered together.
-constexpr double kRun = 0.002 * kMicrosecond;
+// In the key pass, of a sector of memory that start values of a column tile are gathered from.
+constexpr double kSector = 0.003 * kMicrosecond;
+constexpr int kSectorFloats = 8;
 
 // A tile's time on one axis, over that on more.
 constexpr double one_axis(Walk pass) { return pass == kQueryPass ? 0.92 : 0.86; }
@@ -90,7 +91,10 @@ Prediction PassCostModel::predict(const PassPlan& plan, const TileCounts& counts
   const double tile = cost.tile / compiled.parts * (rank == 1 ? one_axis(pass) : 1);
   p.compute = per_tile * (tile * (p.tiles.computed + alone(pass) * of_one_part) + cost.masked * p.tiles.masked +
                           cost.row_tile * p.tiles.query_tiles);
-  if (pass == kKeyPass) p.compute += per_tile * p.tiles.visited * kRun * product(plan.key_tile) / plan.key_tile[2];
+  if (pass == kKeyPass) {
+    const int run = plan.key_tile[2], sectors = product(plan.key_tile) / run * ((run - 1) / kSectorFloats + 1);
+    p.compute += per_tile * p.tiles.visited * kSector * sectors;
+  }
   const double column_bytes = 2.0 * product(plan.key_tile) * compiled.chunks() * compiled.row_bytes();
   p.shared_memory = per_tile * p.tiles.visited * column_bytes / kSharedBytesPerSecond;
   p.seconds = kLaunch + join_bounds(p.compute, p.shared_memory, p.memory);
