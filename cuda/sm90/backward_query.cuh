@@ -127,7 +127,7 @@ struct QueryPassConsumer : PassConsumer<Traits> {
       ptx::pin(scores);
       this->issue_product(kScores, scores, false);
       this->wait_for_columns(kGradients);  // while products are under way the look costs nothing
-      ptx::wgmma_wait<1>();  // the previous tile's dS K
+      ptx::wgmma_wait<1>();                // the previous tile's dS K
       ptx::pin(d_query);
       ptx::pin(d_scores);
       this->release_held();

@@ -50,7 +50,7 @@ struct MiddleConsumer : WarpgroupConsumer<Traits> {
       uint32_t words[2];  // columns that the thread's rows see
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-                words[i] = key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4);
+        words[i] = key_mask_word<kRank>(params.mask_layout, smem.mask_table, windows[i], cursor.begin, lane % 4);
       }
       const uint32_t seen = __reduce_or_sync(~0u, words[0] | words[1]);
       const auto sees = [seen](int span) { return (seen >> span * (kSpanColumns / 4) & 0xff) != 0; };
