@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of problems in tests/problems.py")
     parser.add_argument("--implementations", nargs="*", help=f"by default {IMPLEMENTATIONS}")
     parser.add_argument("--forward-only", action="store_true", help="leave gradients out")
+    parser.add_argument("--ours-only", action="store_true", help="leave out JAX's own ways, most of the time")
     parser.add_argument("--peers", type=Path, help="CSV file of other libraries' times on this GPU model")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
@@ -93,7 +94,7 @@ def compare_fused(problem, implementations, arguments, dtype, yardstick=None):
     repeats = arguments.repeats
     arrays = report.draw(problem, dtype, seed=0)
     attentions = {name: report.ours(problem, name) for name in implementations}
-    alternatives = stock.alternatives(problem, dtype.itemsize)
+    alternatives = {} if arguments.ours_only else stock.alternatives(problem, dtype.itemsize)
     for direction, chain in (("forward", forward_chain), ("backward", backward_chain)):
         forward = direction == "forward"
         if arguments.forward_only and not forward:
