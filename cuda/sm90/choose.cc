@@ -143,11 +143,12 @@ class Search {
       const bool sliced = slice < most_keys(first_axis_, plan.query_tile[first_axis_]);
       plan.slots = plan.stages = 2;
       if (make_warp_layout(shape_, plan).bytes > kSharedBytes) return;
-      const int blocks = warp_blocks_of_processor(shape_, plan);
+      const int blocks = warp_blocks_of_processor(shape_, plan, list);
       // Boxes of one query tile follow each other fast: as many stages as cost no CTA.
       for (int stages = kWarpMostStages; sliced && stages > 2; --stages) {
         plan.stages = stages;
-        if (make_warp_layout(shape_, plan).bytes <= kSharedBytes && warp_blocks_of_processor(shape_, plan) == blocks) {
+        if (make_warp_layout(shape_, plan).bytes <= kSharedBytes &&
+            warp_blocks_of_processor(shape_, plan, list) == blocks) {
           break;
         }
         plan.stages = 2;

@@ -191,11 +191,15 @@ WarpLayout make_warp_layout(const FusedShape& shape, const Plan& plan) {
 }
 
 int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan) {
-  const int threads = 32 * (count_warps(plan) + 1);
-  const int by_memory = kSharedBytesOfProcessor / (make_warp_layout(shape, plan).bytes + kReservedBytes);
   int list[kMaxRank];
   find_warp_list(shape, plan, list);
-  const int registers = warp_registers(warp_compiled_dim(shape.dim), warp_compiled_list(product(list)));
+  return warp_blocks_of_processor(shape, plan, warp_compiled_list(product(list)));
+}
+
+int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan, int list) {
+  const int threads = 32 * (count_warps(plan) + 1);
+  const int by_memory = kSharedBytesOfProcessor / (make_warp_layout(shape, plan).bytes + kReservedBytes);
+  const int registers = warp_registers(warp_compiled_dim(shape.dim), list);
   const int by_registers = 65536 / (registers * threads);
   return std::max(std::min(by_memory, by_registers), 1);
 }

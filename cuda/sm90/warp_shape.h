@@ -62,7 +62,8 @@ int count_warps(const Plan& plan);
 
 WarpLayout make_warp_layout(const FusedShape& shape, const Plan& plan);
 
-// CTAs that a multiprocessor holds at once.
+// CTAs that a multiprocessor holds at once. list: the compiled one, where it is known.
 int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan);
+int warp_blocks_of_processor(const FusedShape& shape, const Plan& plan, int list);
 
 }  // namespace jax_natten::sm90
