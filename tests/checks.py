@@ -101,6 +101,11 @@ def expected_fused(case: Case):
         query, key = (np.asarray(operands[name], np.float64) for name in ("query", "key"))
         longest = np.linalg.norm(key, axis=-1).max(initial=0)
         magnitudes = magnitudes | {"lse": abs(case.effective_scale) * np.linalg.norm(query) * longest}
+    if exact["out"].size < FEW:
+        # So may the values in a mean of them.
+        values = [np.ravel(np.asarray(x, np.float64)) for name, x in operands.items() if "value" in name]
+        spread = np.sqrt(np.mean(np.square(np.concatenate(values)))) if any(v.size for v in values) else 0.0
+        magnitudes = magnitudes | {"out": float(spread * exact["out"].size ** 0.5)}
     return operands, cotangents, exact, plain, magnitudes
 
 
