@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import zlib
 
@@ -102,10 +103,11 @@ def expected_fused(case: Case):
         longest = np.linalg.norm(key, axis=-1).max(initial=0)
         magnitudes = magnitudes | {"lse": abs(case.effective_scale) * np.linalg.norm(query) * longest}
     if exact["out"].size < FEW:
-        # So may the values in a mean of them.
+        # So may the values in a mean of them, whose size is that of a value over the square root of their number.
         values = [np.ravel(np.asarray(x, np.float64)) for name, x in operands.items() if "value" in name]
-        spread = np.sqrt(np.mean(np.square(np.concatenate(values)))) if any(v.size for v in values) else 0.0
-        magnitudes = magnitudes | {"out": float(spread * exact["out"].size ** 0.5)}
+        keys = math.prod(case.problem.kernel_size) + case.additional
+        size = np.linalg.norm(np.concatenate(values)) / max(sum(v.size for v in values), 1) ** 0.5
+        magnitudes = magnitudes | {"out": size * (exact["out"].size / keys) ** 0.5}
     return operands, cotangents, exact, plain, magnitudes
 
 
