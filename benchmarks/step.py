@@ -81,11 +81,11 @@ def compare(name: str, model: Model, implementations, rows: list[dict]) -> None:
     first = len(rows)
     for implementation in implementations:
         seconds, loss = time_step(model, implementation, operands)
-        rows.append({"model": name, "implementation": implementation, "step ms": 1e3 * seconds})
-        rows[-1] |= {"attention ms": 1e3 * (seconds - baseline), "loss": loss}
-        rows[-1] |= {"step / first": seconds / rows[first]["step ms"] * 1e3}
-        rows[-1] |= {"loss / first": loss / rows[first]["loss"]}
-        print(rows[-1], flush=True)
+        times = {"step ms": 1e3 * seconds, "attention ms": 1e3 * (seconds - baseline)}
+        row = {"model": name, "implementation": implementation} | times | {"loss": loss}
+        rows.append(row)
+        row |= {f"{what} / first": row[key] / rows[first][key] for what, key in (("step", "step ms"), ("loss", "loss"))}
+        print(row, flush=True)
 
 
 def draw(model: Model) -> tuple:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -31,6 +34,20 @@ else:
 
 def pytest_report_header(config):
     return f"JAX_NATTEN_TEST_SEED={os.environ['JAX_NATTEN_TEST_SEED']} (set it to repeat a run)"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of the benchmarks as its own script does, and forgets it afterwards."""
+    import jax
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    names = {path.stem for path in folder.glob("*.py")}
+    monkeypatch.syspath_prepend(str(folder))
+    with jax.enable_x64(False):
+        yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def _missing_for_gpu() -> str | None:

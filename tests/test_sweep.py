@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import math
-import sys
-from pathlib import Path
 
-import jax
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = {"--limit": "1", "--work": "1", "--calls": "1", "--repeats": "1", "--threads": "2"}
 MINI = ["--baseline", "cpu", "--implementations", "sm80", *(text for option in SMALL.items() for text in option)]
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """Imports a module of the benchmarks as its own script does, and forgets it afterwards."""
-    names = {path.stem for path in FOLDER.glob("*.py")}
-    monkeypatch.syspath_prepend(str(FOLDER))
-    with jax.enable_x64(False):
-        yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def test_every_cell_of_the_table(benchmark, tmp_path, capsys):
